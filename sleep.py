@@ -1,0 +1,819 @@
+"""sleep.py: language models that sleep, in one file.
+
+"Do Language Models Need Sleep? Offline Recurrence for Improved Online Inference", Lee, McLeish,
+Goldstein, Fanti, arXiv 2605.26099. Sections, equations and lines are those of version 3.
+
+Attention sees a window of L tokens. SSM blocks carry fast weights S. When the window is full the
+model sleeps: N passes over the window through all blocks, h and S carried from pass to pass. Then
+the window is evicted and only S remains. An answer takes one pass, whatever N is. N = 1 is the
+plain attention-SSM hybrid.
+
+  name       paper      meaning                                          shape
+  tokens     x, c       token ids; a window (chunk) of them              (B, T)
+  h          h          features, one vector per token                   (B, T, d)
+  q k v      q k v      query, key, value, H heads of K = V = d / H      (B, H, T, K)
+  alpha      alpha_t    how much of S a token keeps, as log_alpha <= 0   (B, H, T)
+  beta       beta_t     how strongly a token is written, in (0, 1)       (B, H, T)
+  S          S_t        fast weights: S k ~ v                            (B, H, V, K)
+  L, N       L, N       window length; passes of a sleep
+
+  Eq. 1-2  Attention                    Eq. 6, Section 6.3      Config.loop
+  Eq. 3    gated_delta_rule             Algorithm 1             SleepLM.forward
+  Eq. 4-5  Block, Config.layout         Algorithm 1, lines 6-7  SleepLM.sleep
+"""
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------
+# The fast-weight rule (Eq. 3 with the delta correction)
+
+RULES = {                                  # (gated: alpha < 1, delta: write v - S k instead of v)
+    "hebbian": (False, False), "gated_hebbian": (True, False),
+    "delta": (False, True), "gated_delta": (True, True),
+}
+
+
+def gated_delta_rule(q, k, v, log_alpha, beta, S, delta=True):
+    """Eq. 3, one token after another: the definition, and the oracle of the chunked form.
+
+        S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,    o_t = S_t q_t
+
+    q, k (B, H, T, K); v (B, H, T, V); log_alpha, beta (B, H, T); S (B, H, V, K).
+    delta=False leaves the correction out: S_t = alpha_t S_{t-1} + beta_t v_t k_t^T.
+    Returns o (B, H, T, V) and the last S (B, H, V, K).
+    """
+    outputs = []
+    for q_t, k_t, v_t, log_alpha_t, beta_t in zip(*(x.unbind(2) for x in (q, k, v, log_alpha, beta))):
+        S = log_alpha_t.exp()[..., None, None] * S                             # forget
+        if delta:
+            v_t = v_t - (S @ k_t[..., None]).squeeze(-1)                       # what S lacks at k_t
+        S = S + (beta_t[..., None] * v_t)[..., None] * k_t[..., None, :]       # write
+        outputs.append((S @ q_t[..., None]).squeeze(-1))                       # read
+    return torch.stack(outputs, 2), S
+
+
+def unit_lower_inverse(A):
+    """(I + A)^-1 for strictly lower triangular A (..., C, C).
+
+    Diagonal blocks of 1, 2, 4, ... tokens are inverted exactly and merged. The shorter product
+    (I - A)(I + A^2)(I + A^4)... is equal on paper, but with repeated keys its powers of A grow
+    like binomials and lose all digits in float32 from 32 tokens on.
+    """
+    C = A.shape[-1]
+    eye = torch.eye(C, dtype=A.dtype, device=A.device)
+    i = torch.arange(C, device=A.device)
+    A0, X, size = A.detach(), eye, 1
+    while size < C:
+        block = i // size
+        below = (block[:, None] == block[None, :] + 1) & (block[:, None] % 2 == 1)   # (C, C)
+        X = X - (X @ (A0 * below) @ X if size > 1 else A0 * below)
+        size *= 2
+    return X - X @ (A @ X + X - eye)       # one Newton step: adds a digit, and dX = -X dA X
+
+
+def gated_delta_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64):
+    """The numbers of `gated_delta_rule` as matrix products over chunks of at most `chunk` tokens.
+
+    Unrolled inside a chunk, what token i writes is
+        u_i = beta_i (v_i - e^{c_i} S k_i - sum_{j<i} e^{c_i - c_j} (k_i . k_j) u_j)
+    with c the running sum of log_alpha and S the state before the chunk: a triangular system.
+    Every exponent is <= 0, and the mask comes before exp, so nothing overflows.
+    """
+    T = q.shape[2]
+    n_chunks = math.ceil(T / chunk)
+    C = math.ceil(T / n_chunks)
+    if pad := n_chunks * C - T:            # padding: no decay (log_alpha 0), no write (beta 0)
+        q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
+        log_alpha, beta = F.pad(log_alpha, (0, pad)), F.pad(beta, (0, pad))
+    q, k, v, log_alpha, beta = (x.unflatten(2, (n_chunks, C)) for x in (q, k, v, log_alpha, beta))
+
+    c = log_alpha.cumsum(-1)                                                   # (B, H, n, C)
+    future = torch.ones(C, C, dtype=torch.bool, device=q.device).triu(1)
+    D = (c[..., :, None] - c[..., None, :]).masked_fill(future, -torch.inf).exp()
+    bv, bk = beta[..., None] * v, (beta * c.exp())[..., None] * k
+    scores = (q @ k.mT) * D                                                    # (B, H, n, C, C)
+    if delta:
+        X = unit_lower_inverse((beta[..., None] * (k @ k.mT) * D).tril(-1))    # (B, H, n, C, C)
+    q = c.exp()[..., None] * q
+    k = (c[..., -1:] - c).exp()[..., None] * k
+    alpha = c[..., -1].exp()[..., None, None]                                  # (B, H, n, 1, 1)
+
+    outputs = []
+    for i in range(n_chunks):
+        u = bv[:, :, i]                                                        # (B, H, C, V)
+        if delta:
+            u = X[:, :, i] @ (u - bk[:, :, i] @ S.mT)
+        outputs.append(q[:, :, i] @ S.mT + scores[:, :, i] @ u)
+        S = alpha[:, :, i] * S + u.mT @ k[:, :, i]
+    return torch.cat(outputs, 2)[:, :, :T], S
+
+
+# ------------------------------------------------------------------------------------------------
+# Layers
+
+@dataclass
+class Config:
+    """A model. ValueError says in one sentence what does not fit."""
+    vocab_size: int
+    T: int                         # tokens of one sequence: S is to survive about N * T token-steps
+    L: int                         # window of attention, in tokens
+    N: int = 1                     # passes of a sleep
+    layout: str = "asas"           # one letter a block: a = attention, s = SSM (fast weights)
+    d_model: int = 256
+    n_head: int = 4
+    eviction: str = "hard"         # "hard": nothing but S survives; "sliding": also L - 1 tokens
+    loop: str = "all"              # blocks that are looped: "all", "middle" (half), or "first:last"
+    update_rule: str = "gated_delta"   # one of RULES
+    conv: str = "as"               # mixers with a short convolution in front; the paper's: "s"
+    taps: int = 3                  # its length in tokens
+    gate: bool = True              # output gate of the fast-weight mixer
+
+    def __post_init__(self):
+        def need(ok, sentence):
+            if not ok:
+                raise ValueError(sentence)
+        for name in ("vocab_size", "T", "L", "N", "d_model", "n_head", "taps"):
+            value = getattr(self, name)
+            need(isinstance(value, int) and value >= 1, f"{name} must be an integer >= 1, not {value}.")
+        need(self.layout and not set(self.layout) - set("as"),
+             f"layout '{self.layout}' must be made of the letters a (attention) and s (SSM).")
+        need(self.d_model % (2 * self.n_head) == 0,
+             f"d_model {self.d_model} must be a multiple of 2 * n_head = {2 * self.n_head} (RoPE "
+             "turns pairs).")
+        need(self.eviction in ("hard", "sliding"),
+             f"eviction '{self.eviction}' must be 'hard' or 'sliding'.")
+        need(self.update_rule in RULES, f"update_rule '{self.update_rule}' must be one of {', '.join(RULES)}.")
+        need(not set(self.conv) - set("as"), f"conv '{self.conv}' must be '', 'a', 's' or 'as'.")
+        need(self.eviction == "hard" or self.L >= self.taps,
+             f"sliding eviction keeps L - 1 = {self.L - 1} tokens, the convolution needs "
+             f"{self.taps - 1}: take L >= {self.taps}.")
+        self.span()
+
+    def span(self):
+        """First and last + 1 of the looped blocks (Section 6.3)."""
+        D = len(self.layout)
+        try:
+            if self.loop in ("all", "middle"):
+                first, last = (0, D) if self.loop == "all" else (D // 4, D - D // 4)
+            else:
+                first, last = (int(x) for x in self.loop.split(":"))
+        except ValueError:
+            first = last = 0
+        if not 0 <= first < last <= D:
+            raise ValueError(f"loop '{self.loop}' must be 'all', 'middle' or first:last with "
+                             f"0 <= first < last <= {D}.")
+        return first, last
+
+
+class Memory(NamedTuple):
+    """All that a model knows of the past; passed in and returned, never kept in the module."""
+    S: list          # a block: fast weights (B, H, V, K), or None for attention
+    cache: list      # a block: (conv tail (B, n, d), keys, values (B, H, n, K)); for SSM the tail
+
+
+def latest(x, n):
+    """The last n tokens of x (..., T, d), fewer if there are not as many; the rest can be freed."""
+    if n == 0:
+        return x.new_zeros(*x.shape[:-2], 0, x.shape[-1])
+    return x[..., max(x.shape[-2] - n, 0):, :].contiguous()
+
+
+class ShortConv(nn.Module):
+    """x_t + sum_j w_j * x_{t-j}: a causal depthwise convolution over a few tokens."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(cfg.taps, cfg.d_model))
+
+    def forward(self, x, tail):
+        """x (B, T, d) and the tokens before it, tail (B, n, d) -> (B, T, d), the new tail."""
+        taps, T = len(self.weight), x.shape[1]
+        seen = torch.cat([tail, x], 1)
+        padded = F.pad(seen, (0, 0, taps - 1 - tail.shape[1], 0))              # (B, taps - 1 + T, d)
+        for j in range(taps):
+            x = x + self.weight[j] * padded[:, taps - 1 - j: taps - 1 - j + T]
+        return x, latest(seen, taps - 1)
+
+
+def rope(x, cos, sin):
+    """Rotary positions for x (B, H, T, K); cos, sin (T, K / 2)."""
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Softmax attention (Eq. 1-2): every token sees itself and the L - 1 tokens before it."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        d, self.H, self.L = cfg.d_model, cfg.n_head, cfg.L
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d, bias=False) for _ in range(4))
+        K = d // self.H
+        # Scores depend on distances only, so positions are counted from the oldest cached token
+        # and no more than 2 L of them are ever needed.
+        angle = torch.outer(torch.arange(2. * self.L), 10000 ** (-torch.arange(0, K, 2) / K))
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, x, k_past, v_past):
+        """x (B, T, d); k_past, v_past (B, H, P, K) -> (B, T, d), k and v (B, H, P + T, K)."""
+        T = x.shape[1]
+        q, k, v = (w(x).unflatten(-1, (self.H, -1)).transpose(1, 2) for w in (self.q, self.k, self.v))
+        if P := k_past.shape[2]:
+            k, v = torch.cat([k_past, k], 2), torch.cat([v_past, v], 2)
+            i = torch.arange(P + T, device=x.device)
+            distance = i[P:, None] - i
+            mask = (distance >= 0) & (distance < self.L)                       # (T, P + T)
+        q_rot = rope(q, self.cos[P:P + T], self.sin[P:P + T])
+        k_rot = rope(k, self.cos[:P + T], self.sin[:P + T])
+        o = F.scaled_dot_product_attention(q_rot, k_rot, v, attn_mask=mask if P else None,
+                                           is_causal=not P)                    # (B, H, T, K)
+        return self.o(o.transpose(1, 2).flatten(2)), k, v
+
+
+class FastWeights(nn.Module):
+    """The SSM mixer: Gated DeltaNet, Eq. 3 with gates computed from the token."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        d, self.H = cfg.d_model, cfg.n_head
+        self.gated, self.delta = RULES[cfg.update_rule]
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d, bias=False) for _ in range(4))
+        self.z = nn.Linear(d, d, bias=False) if cfg.gate else None             # output gate
+        self.ab = nn.Linear(d, 2 * self.H, bias=False)                         # alpha and beta
+        self.dt_bias = nn.Parameter(torch.empty(self.H))
+        self.A_log = nn.Parameter(torch.empty(self.H))
+        self.norm = nn.RMSNorm(d // self.H, eps=1e-5)
+
+    def forward(self, x, S):
+        """x (B, T, d), S (B, H, V, K) -> (B, T, d), the new S."""
+        q, k, v = (F.silu(w(x)).unflatten(-1, (self.H, -1)).transpose(1, 2)
+                   for w in (self.q, self.k, self.v))                          # (B, H, T, K)
+        with torch.autocast(x.device.type, enabled=False):                     # float32 from here
+            q, k, v = (y.to(S.dtype) for y in (q, k, v))
+            a, b = self.ab(x.to(S.dtype)).transpose(1, 2).chunk(2, 1)          # (B, H, T)
+            beta = b.sigmoid()
+            log_alpha = -self.A_log.exp()[:, None] * F.softplus(a + self.dt_bias[:, None])
+            if not self.gated:
+                log_alpha = torch.zeros_like(log_alpha)
+            # Unit keys make I - beta k k^T a contraction; without them training diverges.
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            rule = gated_delta_rule if x.shape[1] == 1 else gated_delta_rule_chunked
+            o, S = rule(q, k, v, log_alpha, beta, S, self.delta)
+            o = self.norm(o).transpose(1, 2).flatten(2)                        # (B, T, d)
+        if self.z is not None:
+            o = o * F.silu(self.z(x))
+        return self.o(o), S
+
+
+class Block(nn.Module):
+    """Eq. 4-5: mixer and MLP, each behind a norm and inside a residual."""
+
+    def __init__(self, kind, cfg):
+        super().__init__()
+        d = cfg.d_model
+        self.norm1, self.norm2 = nn.RMSNorm(d), nn.RMSNorm(d)
+        self.conv = ShortConv(cfg) if kind in cfg.conv else None
+        self.mixer = Attention(cfg) if kind == "a" else FastWeights(cfg)
+        self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
+
+    def forward(self, h, S, cache):
+        """h (B, T, d) with this block's S and cache (see Memory) -> h, S, cache with h's tokens."""
+        tail, *kv = cache
+        x = self.norm1(h)
+        if self.conv is not None:
+            x, tail = self.conv(x, tail)
+        if S is None:
+            x, *kv = self.mixer(x, *kv)
+        else:
+            x, S = self.mixer(x, S)
+        h = h + x
+        h = h + self.down(F.gelu(self.up(self.norm2(h))))
+        return h, S, (tail, *kv)
+
+
+# ------------------------------------------------------------------------------------------------
+# The model: wake, sleep, evict
+
+class SleepLM(nn.Module):
+    """A looped hybrid (Eq. 6) that sleeps before it forgets (Section 5)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.blocks = nn.ModuleList(Block(kind, cfg) for kind in cfg.layout)
+        self.norm = nn.RMSNorm(cfg.d_model)
+        self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)         # OutProj
+        self.bf16 = False                  # autocast matrix products of the blocks to bfloat16
+        self.keep = 0 if cfg.eviction == "hard" else cfg.L - 1                 # tokens, when evicted
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        nn.init.normal_(self.embed.weight)
+        nn.init.zeros_(self.head.weight)
+        for block in self.blocks:
+            for m in block.modules():
+                if isinstance(m, nn.Linear):
+                    nn.init.normal_(m.weight, std=m.in_features ** -0.5)
+                elif isinstance(m, ShortConv):
+                    nn.init.normal_(m.weight, std=0.5)
+                elif isinstance(m, FastWeights):
+                    # paper does not say: half-lives of the heads from 4 tokens to all token-steps
+                    # of a sequence, N * T, log-spaced. Random ones often forget the first window.
+                    longest = max(self.cfg.N * self.cfg.T, 4)
+                    half_life = torch.logspace(math.log10(longest), math.log10(4), m.H)
+                    m.dt_bias.copy_(torch.log(torch.expm1(math.log(2) / half_life)))
+                    m.A_log.zero_()
+
+    def empty_memory(self, B):
+        """S = 0 (Algorithm 1, line 1) and an empty cache for B sequences."""
+        cfg, zeros = self.cfg, self.embed.weight.new_zeros
+        H, K = cfg.n_head, cfg.d_model // cfg.n_head
+        S = [zeros(B, H, K, K) if kind == "s" else None for kind in cfg.layout]
+        cache = [(zeros(B, 0, cfg.d_model),) if kind == "s" else
+                 (zeros(B, 0, cfg.d_model), zeros(B, H, 0, K), zeros(B, H, 0, K))
+                 for kind in cfg.layout]
+        return Memory(S, cache)
+
+    def one_pass(self, h, S, cache, keep, first, last):
+        """h, S <- Blocks(h, S), for blocks first..last-1; of the cache the latest `keep` tokens.
+
+        This is the unit that torch.compile fuses: N and the number of windows stay outside.
+        """
+        S, cache = list(S), list(cache)
+        with torch.autocast(h.device.type, torch.bfloat16, enabled=self.bf16):
+            for i in range(first, last):
+                h, S[i], seen = self.blocks[i](h, S[i], cache[i])
+                cache[i] = tuple(latest(x, keep) for x in seen)
+        return h, S, cache
+
+    def sleep(self, h, memory, done=0):
+        """N passes over a full window, then eviction (Algorithm 1, lines 4-8).
+
+        h (B, L, d): embeddings of the window, or its features after `done` passes.
+        Returns the memory after eviction. The refined h is thrown away: only S was worth it.
+        """
+        S, evicted = memory.S, list(memory.cache)
+        first, last = self.cfg.span()
+        for n in range(done, self.cfg.N):
+            i = 0 if n == 0 else first                              # blocks before and after the
+            j = last if n < self.cfg.N - 1 else len(self.blocks)    # looped span run only once
+            h, S, cache = self.one_pass(h, S, memory.cache, self.keep, i, j)   # h, S <- Blocks(h, S)
+            evicted[i:j] = cache[i:j]
+        return Memory(S, evicted)
+
+    def evict(self, memory):
+        """Hard eviction empties the cache; sliding eviction keeps L - 1 tokens. S stays."""
+        return Memory(memory.S, [tuple(latest(x, self.keep) for x in c) for c in memory.cache])
+
+    def wake(self, tokens, memory):
+        """One pass over the next tokens (B, T) of the present window (Algorithm 1, line 10).
+
+        Returns logits (B, T, vocab) and the memory, whose cache has grown by T tokens.
+        """
+        self.check(tokens, memory)
+        h, S, cache = self.one_pass(self.embed(tokens), *memory, 2 * self.cfg.L, 0, len(self.blocks))
+        return self.head(self.norm(h)), Memory(S, cache)
+
+    def forward(self, tokens, targets, memory=None):
+        """Algorithm 1. A window sleeps if none of its tokens predicts anything.
+
+        tokens (B, T); targets (B, M): what the last M positions are to predict, -1 for nothing.
+        Returns logits (B, M, vocab) and their mean cross entropy in nats.
+        """
+        (B, T), M, L = tokens.shape, targets.shape[1], self.cfg.L
+        if not (1 <= M <= T and len(targets) == B):
+            raise ValueError(f"targets {tuple(targets.shape)} must have the batch size of tokens "
+                             f"{tuple(tokens.shape)} and between 1 and T columns.")
+        memory = memory or self.empty_memory(B)
+        self.check(tokens, memory)
+        logits = []
+        for start in range(0, T, L):
+            window = tokens[:, start: start + L]
+            if start + window.shape[1] <= T - M:
+                memory = self.sleep(self.embed(window), memory)
+            else:
+                out, memory = self.wake(window, memory)
+                memory = self.evict(memory)
+                logits.append(out)
+        logits = torch.cat(logits, 1)[:, -M:]
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def stream(self, tokens, state=None):
+        """Tokens (B, T) that arrive one at a time; the model sleeps by itself when L have come.
+
+        The arriving tokens make pass 1, the sleep adds passes 2..N.
+        Returns logits (B, T, vocab) and the state for the next call: the memory now, the memory
+        at the start of the window, and the window's features after pass 1.
+        """
+        now, start, window = state or (self.empty_memory(len(tokens)),) * 2 + ([],)
+        self.check(tokens, now)
+        first, last = self.cfg.span()
+        logits, window = [], list(window)
+        for token in tokens.split(1, 1):
+            h, S, cache = self.one_pass(self.embed(token), *now, 2 * self.cfg.L, 0, last)
+            window.append(h)                                                   # (B, 1, d)
+            if last < len(self.blocks):
+                h, S, cache = self.one_pass(h, S, cache, 2 * self.cfg.L, last, len(self.blocks))
+            logits.append(self.head(self.norm(h)))
+            now = Memory(S, cache)
+            if len(window) == self.cfg.L:
+                if self.cfg.N > 1:         # blocks after the looped span see the last pass only
+                    slept = self.sleep(torch.cat(window, 1),
+                                       Memory(S[:last] + start.S[last:], start.cache), done=1)
+                    now = Memory(slept.S, cache[:first] + slept.cache[first:])
+                now = start = self.evict(now)
+                window = []
+        return torch.cat(logits, 1), (now, start, window)
+
+    @torch.no_grad()
+    def generate(self, tokens, n):
+        """The n likeliest next tokens (B, n) after the prompt tokens (B, T), one by one."""
+        logits, state = self.stream(tokens)
+        out = [logits[:, -1:].argmax(-1)]
+        while len(out) < n:
+            logits, state = self.stream(out[-1], state)
+            out.append(logits.argmax(-1))
+        return torch.cat(out, 1)
+
+    def check(self, tokens, memory):
+        """ValueError if tokens or memory do not fit the model."""
+        if tokens.ndim != 2 or tokens.dtype.is_floating_point:
+            raise ValueError(f"tokens must be integers of shape (B, T), not {tokens.dtype} "
+                             f"{tuple(tokens.shape)}.")
+        B = memory.cache[0][0].shape[0]
+        if len(tokens) != B:
+            raise ValueError(f"this memory belongs to a batch of {B}, the tokens are {len(tokens)}.")
+        # On a GPU this look would wait for the device in every step.
+        if tokens.device.type == "cpu" and tokens.numel() and not (
+                0 <= tokens.min() and tokens.max() < self.cfg.vocab_size):
+            raise ValueError(f"tokens run from {tokens.min()} to {tokens.max()}; the vocabulary has "
+                             f"0 to {self.cfg.vocab_size - 1}.")
+
+
+# ------------------------------------------------------------------------------------------------
+# Training: the same for every task
+#
+# A task is built from the settings and a seed, and has
+#   name, vocab_size, T         T = tokens of one sequence
+#   make_batch(step)            -> tokens (B, T), targets (B, M) of training step `step`
+#   test                        -> tokens, targets that training never shows
+#   score(logits, targets)      -> {metric: number, or {case: number}}
+#   chance                      -> the same metrics of the best constant guess
+#   show(tokens, targets, guess=None) -> one example as text
+
+RUN_FLAGS = ("out", "resume", "plot_only", "preset")       # they do not change what a model learns
+DEFAULTS = dict(eviction="hard", loop="all", update_rule="gated_delta", conv="as", taps=3, gate=True,
+                cooldown=0.0, seed=[0])
+
+
+def parse(doc, presets, add_task_flags, argv=None):
+    """Command line -> the parser and the settings: the preset's values, then what the flags say."""
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"{self.prog}: {message}\n")
+
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=list(presets), help="default: gpu with CUDA, else cpu")
+    first.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    p = Parser(description=doc, parents=[first], allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_task_flags(p.add_argument_group("task"))
+    f = p.add_argument_group("model and training")
+    f.add_argument("--N", type=int, nargs="+", help="passes of a sleep; one model for each value")
+    f.add_argument("--L", type=int, help="window of attention in tokens")
+    f.add_argument("--layout", help="one letter a block: a = attention, s = SSM")
+    f.add_argument("--d_model", type=int, help="width")
+    f.add_argument("--n_head", type=int, help="heads of every mixer")
+    f.add_argument("--eviction", help="hard: only S survives; sliding: also L - 1 tokens")
+    f.add_argument("--loop", help="looped blocks: all, middle (half), or first:last")
+    f.add_argument("--update_rule", help=", ".join(RULES))
+    f.add_argument("--conv", help="mixers behind a short convolution: as, s (the paper), a or ''")
+    f.add_argument("--taps", type=int, help="tokens that the short convolution sees")
+    f.add_argument("--gate", action=argparse.BooleanOptionalAction, help="output gate of the SSM")
+    f.add_argument("--steps", type=int, help="training steps")
+    f.add_argument("--batch_size", type=int, help="sequences a step")
+    f.add_argument("--lr_muon", type=float, help="learning rate of the blocks' matrices")
+    f.add_argument("--lr_adamw", type=float, help="learning rate of all other parameters")
+    f.add_argument("--cooldown", type=float, help="last share of the steps: rates fall to 0")
+    f.add_argument("--eval_every", type=int, help="steps between evaluations and checkpoints")
+    f.add_argument("--seed", type=int, nargs="+", help="of weights and data; one model for each")
+    f.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                   help="fuse a pass with torch.compile; default: on CUDA only")
+    p.add_argument("--out", type=Path, help="folder for results; default: a new out/TASK-PRESET")
+    p.add_argument("--resume", action="store_true", help="go on where the runs in --out stopped")
+    p.add_argument("--plot_only", action="store_true", help="draw the plot of --out again")
+
+    known, _ = first.parse_known_args(argv)
+    try:
+        device = pick_device(known.device)
+    except ValueError as e:
+        p.error(e)
+    preset = known.preset or ("gpu" if device == "cuda" else "cpu")
+    p.set_defaults(**DEFAULTS | dict(compile=device == "cuda") | presets[preset])
+    args = p.parse_args(argv)
+    args.preset, args.device = preset, device
+    args.N, args.seed = list(dict.fromkeys(args.N)), list(dict.fromkeys(args.seed))
+    return p, args
+
+
+def pick_device(name):
+    """'auto' takes CUDA, else MPS, else the CPU. ValueError if the device is not there."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    if name == "auto":
+        return next(d for d in there if there[d])
+    if name not in there:
+        raise ValueError(f"device '{name}' must be auto, {', '.join(there)}.")
+    if not there[name]:
+        raise ValueError(f"there is no {name} device here: take --device cpu.")
+    return name
+
+
+def pick_out(args, task_name):
+    """The folder of results. Nothing that a run has finished is ever written over."""
+    go_on = args.resume or args.plot_only
+    if args.out is None:
+        base, i = Path("out") / f"{task_name}-{args.preset}", 1
+        folders = [base]
+        while folders[-1].exists():
+            i += 1
+            folders.append(base.with_name(f"{base.name}-{i}"))
+        if go_on and i == 1:
+            raise ValueError(f"there is no {base} to go on with: name the folder with --out.")
+        return folders[-2 if go_on else -1]
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"{args.out} is a file, not a folder: choose another --out.")
+    if not go_on and args.out.exists() and any(args.out.iterdir()):
+        raise ValueError(f"{args.out} is not empty: add --resume to go on with its runs, or choose "
+                         "another --out.")
+    if args.plot_only and not (args.out / "results.json").exists():
+        raise ValueError(f"{args.out} has no results.json to plot.")
+    return args.out
+
+
+def write(path, save):
+    """Make a file whole or not at all: `save(temporary path)`, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    save(temporary)
+    os.replace(temporary, path)
+
+
+def make_optimizers(model, lr_muon, lr_adamw):
+    """Muon for the matrices of the blocks, AdamW for all else (Section 6.1).
+
+    paper does not say: the weight decay. None here.
+    """
+    matrices = [m.weight for m in model.blocks.modules() if isinstance(m, nn.Linear)]
+    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    return (torch.optim.Muon(matrices, lr=lr_muon, weight_decay=0.0),
+            torch.optim.AdamW(rest, lr=lr_adamw, weight_decay=0.0))
+
+
+@torch.no_grad()
+def evaluate(model, task, batch_size):
+    """Metrics on the test set, one teacher-forced pass over the answers; and the likeliest answers."""
+    tokens, targets = task.test
+    logits = torch.cat([model(x, y)[0] for x, y in zip(tokens.split(batch_size),
+                                                       targets.split(batch_size))])
+    return task.score(logits, targets), logits.argmax(-1)
+
+
+def number(value):
+    """A metric as text: 0.912, or one number a case, 1: 0.998  2: 0.913."""
+    if isinstance(value, dict):
+        return "  ".join(f"{case}: {x:.3f}" for case, x in value.items())
+    return f"{value:.3f}"
+
+
+def line(metrics):
+    return " | ".join(f"{name} {number(value)}" for name, value in metrics.items())
+
+
+class Stopped(Exception):
+    """Training ended early, for the reason given; all that is worth keeping is on disk."""
+
+
+def train(task, cfg, settings, out, report, resume=False):
+    """Train one model. Every `eval_every` steps: evaluate, save a checkpoint, report(run).
+
+    Returns the model and its run, a dict (see README, results.json). Raises Stopped after Ctrl-C
+    and if the loss or a weight is not finite, ValueError if the checkpoint to resume does not fit.
+    """
+    device, steps, name = settings["device"], settings["steps"], f"N {cfg.N} seed {settings['seed']}"
+    path = out / f"N{cfg.N}-seed{settings['seed']}.pt"
+    saved = load_checkpoint(path, settings) if resume and path.exists() else None
+    torch.manual_seed(settings["seed"])
+    model = SleepLM(cfg).to(device)
+    model.bf16 = device == "cuda"
+    if settings["compile"]:
+        model.one_pass = torch.compile(model.one_pass, fullgraph=True, dynamic=False)
+    rates = settings["lr_muon"], settings["lr_adamw"]
+    optimizers = make_optimizers(model, *rates)
+    run = dict(task=task.name, N=cfg.N, seed=settings["seed"], steps=0, tokens=0, seconds=0.0,
+               chance=task.chance, curve=[], parameters=sum(p.numel() for p in model.parameters()),
+               settings=settings, torch=str(torch.__version__), device=torch.cuda.get_device_name()
+               if device == "cuda" else f"{device}, {torch.get_num_threads()} threads")
+    total, since = 0.0, 0                  # training loss, summed since the last evaluation
+    if saved:
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        run, total, since = saved["run"], saved["total"], saved["since"]
+
+    interrupted = []
+
+    def interrupt(*_):                     # finish the step; a second Ctrl-C does not wait for it
+        interrupted.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    start = time.time() - run["seconds"]
+    bar = tqdm(total=steps, initial=run["steps"], desc=name, disable=None, leave=False)
+    try:
+        for step in range(run["steps"], steps):
+            falling = min(1.0, (steps - step) / max(1.0, settings["cooldown"] * steps))
+            for optimizer, rate in zip(optimizers, rates):
+                optimizer.param_groups[0]["lr"] = rate * falling
+            tokens, targets = task.make_batch(step)
+            _, loss = model(tokens, targets)
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            total += loss.detach()
+            bar.update()
+
+            done = step + 1
+            evaluating = done % settings["eval_every"] == 0 or done == steps
+            if not (evaluating or interrupted):
+                continue
+            mean = float(total) / (done - since)
+            if not (math.isfinite(mean) and all(p.isfinite().all() for p in model.parameters())):
+                kept = f"{path} keeps step {run['steps']}" if path.exists() else "nothing was saved yet"
+                raise Stopped(f"{name}: the loss or a weight is not finite after step {done}; {kept}. "
+                              "Try smaller learning rates.")
+            run.update(steps=done, tokens=done * tokens.numel(), seconds=round(time.time() - start, 1))
+            if evaluating:
+                metrics, _ = evaluate(model, task, settings["batch_size"])
+                run.update(metrics, seconds=round(time.time() - start, 1))
+                run["curve"].append(dict(step=done, tokens=run["tokens"], seconds=run["seconds"],
+                                         train_loss=mean, **metrics))
+                total, since = 0.0, done
+                tqdm.write(f"{name} | step {done} | {run['tokens'] / 1e6:.2f}M tokens | train loss "
+                           f"{mean:.3f} | {line(metrics)} | {run['seconds']:.0f} s")
+            write(path, lambda p: torch.save(dict(
+                model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
+                run=run, total=float(total), since=since), p))
+            report(run)
+            if interrupted and done < steps:
+                raise Stopped(f"{name}: stopped after step {done} of {steps}, which is saved. To go "
+                              f"on: the same command with --resume --out {out}")
+    finally:
+        bar.close()
+        signal.signal(signal.SIGINT, previous)
+    return model, run
+
+
+def load_checkpoint(path, settings):
+    """ValueError if the file is broken or was made with other settings."""
+    try:
+        saved = torch.load(path, map_location=settings["device"], weights_only=True)
+        old = saved["run"]["settings"]
+    except Exception as e:                 # torch.load raises many kinds for a broken file
+        raise ValueError(f"{path} is not a checkpoint that can be read ({type(e).__name__}): delete "
+                         "it to train this model anew.") from None
+    other = [f"{k} was {old.get(k)}, is {settings.get(k)}" for k in sorted({*old, *settings})
+             if old.get(k) != settings.get(k)]
+    if other:
+        raise ValueError(f"{path} was made with other settings ({'; '.join(other)}): resume with the "
+                         "same ones, or choose another --out.")
+    return saved
+
+
+def load_results(path):
+    """The runs in a results.json. ValueError if it cannot be read."""
+    try:
+        return json.loads(path.read_text())["runs"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} cannot be read as results ({type(e).__name__}).") from None
+
+
+def plot(runs, path):
+    """One panel a metric and case, one colour an N, one line a seed, the constant guess dashed."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = [[(metric, case) for case in chance] if isinstance(chance, dict) else [(metric, None)]
+            for metric, chance in runs[0]["chance"].items()]
+    if all(len(row) == 1 for row in rows):
+        rows = [[row[0] for row in rows]]
+
+    def pick(metrics, metric, case):
+        return metrics[metric] if case is None else metrics[metric][case]
+
+    width, height = max(len(row) for row in rows), len(rows)
+    fig, axes = plt.subplots(height, width, figsize=(3.2 * width + 1, 3 * height + 0.6),
+                             squeeze=False, sharex=True, sharey="row", layout="constrained")
+    Ns = sorted({run["N"] for run in runs})
+    for y, row in enumerate(rows):
+        for x, (metric, case) in enumerate(row):
+            ax = axes[y, x]
+            for run in sorted(runs, key=lambda run: run["N"]):
+                label = None if ax.get_legend_handles_labels()[1].count(f"N = {run['N']}") else f"N = {run['N']}"
+                ax.plot([point["tokens"] / 1e6 for point in run["curve"]],
+                        [pick(point, metric, case) for point in run["curve"]],
+                        color=f"C{Ns.index(run['N'])}", marker=".", lw=1.2, label=label)
+            guess = pick(runs[0]["chance"], metric, case)
+            ax.axhline(guess, color="gray", ls="--", label=f"constant guess {guess:.3f}")
+            ax.set(title=metric if case is None else f"{metric}, {case}",
+                   xlabel="training tokens (millions)" if y == height - 1 else None)
+            ax.grid(alpha=0.3)
+            ax.legend(fontsize=7)
+    s = runs[0]["settings"]
+    fig.suptitle(f"{runs[0]['task']}: layout {s['layout']}, d = {s['d_model']}, L = {s['L']}, seeds "
+                 + ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs})), fontsize=10)
+    write(path, lambda p: fig.savefig(p, format="png", dpi=120))
+    plt.close(fig)
+
+
+def main(doc, presets, add_task_flags, Task, argv=None):
+    """A whole script: one model for each seed and N on the same data, compared, saved, plotted.
+
+    Exit status: 2 after bad input, 1 if training stopped early, else 0.
+    """
+    p, args = parse(doc, presets, add_task_flags, argv)
+    try:
+        out = pick_out(args, Task.name)
+        results = out / "results.json"
+        runs = load_results(results) if results.exists() else []
+        if args.plot_only:
+            plot(runs, out / "plot.png")
+            return print(f"drew {out / 'plot.png'}")
+        for flag in ("steps", "batch_size", "eval_every", "lr_muon", "lr_adamw"):
+            if not getattr(args, flag) > 0:
+                raise ValueError(f"--{flag} must be more than 0, not {getattr(args, flag)}.")
+        if min(args.seed) < 0 or not 0 <= args.cooldown <= 1:
+            raise ValueError("--seed must be 0 or more, --cooldown between 0 and 1.")
+        plans = []
+        for seed in args.seed:
+            task = Task(args, seed)
+            for N in args.N:
+                settings = {k: v for k, v in vars(args).items() if k not in RUN_FLAGS}
+                settings.update(N=N, seed=seed)
+                cfg = Config(task.vocab_size, task.T, **{k: settings[k] for k in (
+                    "L", "N", "layout", "d_model", "n_head", "eviction", "loop", "update_rule", "conv",
+                    "taps", "gate")})
+                plans.append((task, cfg, settings))
+    except ValueError as e:
+        p.error(e)
+
+    out.mkdir(parents=True, exist_ok=True)
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")                             # TF32
+    print(f"{p.prog} --preset {args.preset}: " + ", ".join(
+        f"{k} {v}" for k, v in sorted(vars(args).items()) if k not in RUN_FLAGS))
+    print(f"{sum(p.numel() for p in SleepLM(plans[0][1]).parameters()):,} parameters | best constant "
+          f"guess: {line(task.chance)} | results go to {out}")
+    tokens, targets = task.test
+    print("one example:", task.show(tokens[0], targets[0]), sep="\n")
+
+    def report(run):
+        key = run["N"], run["seed"]
+        runs[:] = [r for r in runs if (r["N"], r["seed"]) != key] + [run]
+        write(results, lambda p: p.write_text(json.dumps({"runs": runs}, indent=1)))
+
+    try:
+        for task, cfg, settings in plans:
+            model, run = train(task, cfg, settings, out, report, args.resume)
+            plot(runs, out / "plot.png")
+    except ValueError as e:
+        p.error(e)
+    except Stopped as e:
+        p.exit(1, f"{e}\n")
+    _, answers = evaluate(model, task, args.batch_size)
+    wrong = ((answers != targets) & (targets >= 0)).any(1).nonzero().flatten()[:3].tolist()
+    print(f"{len(wrong)} wrong answers of N = {cfg.N}, seed {settings['seed']}:")
+    for i in wrong:
+        print(task.show(tokens[i], targets[i], answers[i]))
+    metrics = list(task.chance)
+    print("| N | seed | steps | tokens | seconds |", *(f"{m} (guess) |" for m in metrics))
+    print("|---" * (5 + len(metrics)) + "|")
+    for r in runs:
+        print(f"| {r['N']} | {r['seed']} | {r['steps']} | {r['tokens'] / 1e6:.1f}M | {r['seconds']:.0f} |",
+              *(f"{number(r[m])} ({number(r['chance'][m])}) |" for m in metrics))
+    print(f"saved: {results}, {out / 'plot.png'}")

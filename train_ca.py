@@ -1,0 +1,106 @@
+"""Rule 110: does a deeper question need more sleep? (Sections 4 and 6.1, Figure 2)
+
+A few random tapes of W cells on a ring, cells as tokens, one tape a window; then a separator and
+one label a tape: its first cell after t steps of the rule. Every tape is evicted before the first
+label is asked for. The tapes take the same room whatever t is: only the question gets deeper.
+
+    0 1 1 0 | 1 0 0 1 | = y1        inputs of two tapes of W = 4 cells, three windows
+                        y1 y2       targets of the last window
+
+    python train_ca.py                    N = 1 against N = 3, minutes on two CPU cores
+    python train_ca.py --preset paper     Section 6.1's model and data, for a GPU
+
+paper does not say: where the tape ends. Here it is a ring; between borders of zeros the first cell
+would be constant from t = 12 on.
+"""
+import torch
+
+import sleep
+
+PRESETS = {
+    "cpu": dict(N=[1, 3], t=6, W=16, tapes=2, L=16, layout="as", d_model=64, n_head=2, steps=500,
+                batch_size=256, lr_muon=1e-2, lr_adamw=3e-3, cooldown=0.2, eval_every=50),
+    "gpu": dict(N=[1, 2, 4], t=12, W=24, tapes=4, L=24, layout="asas", d_model=256, n_head=4,
+                steps=2000, batch_size=512, lr_muon=2e-3, lr_adamw=5e-4, eval_every=100),
+    "paper": dict(N=[1, 2, 3, 4], t=32, W=24, tapes=4, L=24, layout="asas", d_model=256, n_head=4,
+                  steps=80_000, batch_size=512, lr_muon=2e-3, lr_adamw=5e-5, eval_every=400),
+}
+
+
+def add_flags(f):
+    f.add_argument("--rule", type=int, default=110, help="elementary rule 0-255; 90 is the control")
+    f.add_argument("--t", type=int, help="steps of the rule: the depth of the question")
+    f.add_argument("--W", type=int, help="cells of a ring")
+    f.add_argument("--tapes", type=int, help="tapes in a sequence")
+
+
+def evolve(cells, rule, t):
+    """t steps of an elementary rule on a ring; cells (..., W) of 0 and 1."""
+    table = (rule >> torch.arange(8, device=cells.device)) & 1     # bit 4l + 2c + r of the rule
+    for _ in range(t):
+        cells = table[4 * cells.roll(1, -1) + 2 * cells + cells.roll(-1, -1)]
+    return cells
+
+
+class Tapes:
+    """The task, as sleep.main wants it. Tokens: 0, 1 the cells, 2 the separator."""
+    name, vocab_size = "ca", 3
+
+    def __init__(self, args, seed):
+        self.rule, self.t, self.W, self.n_tapes = args.rule, args.t, args.W, args.tapes
+        self.batch_size, self.seed, self.device = args.batch_size, seed, args.device
+        if not 0 <= self.rule <= 255:
+            raise ValueError(f"--rule {self.rule} must be an elementary rule, 0 to 255.")
+        if not (8 <= self.W <= 60 and self.t >= 0 and self.n_tapes >= 1):
+            raise ValueError(f"--W {self.W} --t {self.t} --tapes {self.n_tapes}: a ring has 8 to 60 "
+                             "cells, t is 0 or more, and there is at least one tape.")
+        if args.L < 1 or (self.W * self.n_tapes) % args.L:
+            raise ValueError(f"--L {args.L} must divide the {self.n_tapes} * {self.W} cells, so that "
+                             "all of them are evicted before the first label.")
+        self.T = (self.W + 1) * self.n_tapes
+        self.test = self.make_batch(-1)
+        labels = self.test[1]
+        self.chance = dict(exact=max((labels == c).all(1).float().mean().item() for c in (0, 1)),
+                           bit=max((labels == c).float().mean().item() for c in (0, 1)))
+
+    def held_out(self, tape):
+        """One in eight of the patterns that decide the label is kept for the test.
+
+        After t steps the first cell depends on the 2t + 1 cells around it. Tapes that differ
+        elsewhere only would be the same question, so it is these cells that are hashed.
+        """
+        reach = max(self.t, 3)
+        if 2 * reach + 1 < self.W:
+            tape = ((tape << reach) | (tape >> (self.W - reach))) & ((1 << (2 * reach + 1)) - 1)
+        return (tape * 2654435761) % 2 ** 32 < 2 ** 29
+
+    def make_batch(self, step, n=None):
+        """Step -> tokens (B, T), targets (B, tapes), from seed and step alone; -1 is the test set."""
+        test = step < 0
+        B, draws = (2000, 256) if test else (n or self.batch_size, 16)
+        g = torch.Generator(self.device).manual_seed(0 if test else self.seed * 10 ** 9 + step + 1)
+        # A tape is a number, bit i its cell i. Of many draws one from the right side is taken; all
+        # of them being on the wrong one has a probability below 1e-14.
+        tape = torch.randint(1 << self.W, (B, self.n_tapes, draws), generator=g, device=self.device)
+        right = self.held_out(tape) == test
+        tape = tape.gather(-1, right.int().argmax(-1, keepdim=True))               # (B, tapes, 1)
+        cells = (tape >> torch.arange(self.W, device=self.device)) & 1             # (B, tapes, W)
+        labels = evolve(cells, self.rule, self.t)[..., 0]                          # (B, tapes)
+        separator = torch.full_like(labels[:, :1], 2)
+        return torch.cat([cells.flatten(1), separator, labels[:, :-1]], 1), labels
+
+    def score(self, logits, labels):
+        right = logits.argmax(-1) == labels
+        return dict(exact=right.all(1).float().mean().item(), bit=right.float().mean().item())
+
+    def show(self, tokens, labels, guess=None):
+        text = []
+        for i, label in enumerate(labels.tolist()):
+            cells = "".join(map(str, tokens[i * self.W:][:self.W].tolist()))
+            said = "" if guess is None else f"; the model says {guess[i].item()}"
+            text.append(f"  {cells}  first cell after {self.t} steps of rule {self.rule}: {label}{said}")
+        return "\n".join(text)
+
+
+if __name__ == "__main__":
+    sleep.main(__doc__, PRESETS, add_flags, Tapes)
