@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter
 
 import sleep
 import train_ca
@@ -436,7 +436,7 @@ def test_neither_N_nor_the_number_of_windows_enters_the_graph():
         counts = []
         for N, T in ((2, 12), (4, 22)):
             torch._dynamo.reset()
-            counter = CompileCounterWithBackend("aot_eager")
+            counter = CompileCounter()
             model, tokens = tiny(N=N, layout="as", eviction=eviction), random_tokens(T=T)
             expected = model(tokens, targets_for(tokens, 2))[0]
             model.one_pass = torch.compile(model.one_pass, fullgraph=True, dynamic=False,
