@@ -473,13 +473,13 @@ class SleepLM(nn.Module):
 #   name, vocab_size, T         T = tokens of one sequence
 #   make_batch(step)            -> tokens (B, T), targets (B, M) of training step `step`
 #   test                        -> tokens, targets that training never shows
-#   score(logits, targets)      -> {metric: number, or {case: number}}
+#   score(tokens, targets, logits) -> {metric: number, or {case: number}}
 #   chance                      -> the same metrics of the best constant guess
 #   show(tokens, targets, guess=None) -> one example as text
 
 RUN_FLAGS = ("out", "resume", "plot_only", "preset")       # they do not change what a model learns
 DEFAULTS = dict(eviction="hard", loop="all", update_rule="gated_delta", conv="as", taps=3, gate=True,
-                cooldown=0.0, seed=[0])
+                N_test=[], cooldown=0.0, seed=[0])
 
 
 def parse(doc, presets, add_task_flags, argv=None):
@@ -496,6 +496,7 @@ def parse(doc, presets, add_task_flags, argv=None):
     add_task_flags(p.add_argument_group("task"))
     f = p.add_argument_group("model and training")
     f.add_argument("--N", type=int, nargs="+", help="passes of a sleep; one model for each value")
+    f.add_argument("--N_test", type=int, nargs="*", help="also test every model with these N")
     f.add_argument("--L", type=int, help="window of attention in tokens")
     f.add_argument("--layout", help="one letter a block: a = attention, s = SSM")
     f.add_argument("--d_model", type=int, help="width")
@@ -585,12 +586,12 @@ def make_optimizers(model, lr_muon, lr_adamw):
 
 
 @torch.no_grad()
-def evaluate(model, task, batch_size):
-    """Metrics on the test set, one teacher-forced pass over the answers; and the likeliest answers."""
-    tokens, targets = task.test
-    logits = torch.cat([model(x, y)[0] for x, y in zip(tokens.split(batch_size),
-                                                       targets.split(batch_size))])
-    return task.score(logits, targets), logits.argmax(-1)
+def evaluate(model, task, tokens, targets, N=None):
+    """Metrics and likeliest answers, from one teacher-forced forward pass; N: passes of a sleep."""
+    trained, model.cfg.N = model.cfg.N, N or model.cfg.N
+    logits = torch.cat([model(x, y)[0] for x, y in zip(tokens.split(512), targets.split(512))])
+    model.cfg.N = trained
+    return task.score(tokens, targets, logits), logits.argmax(-1)
 
 
 def number(value):
@@ -669,10 +670,14 @@ def train(task, cfg, settings, out, report, resume=False):
                               "Try smaller learning rates.")
             run.update(steps=done, tokens=done * tokens.numel(), seconds=round(time.time() - start, 1))
             if evaluating:
-                metrics, _ = evaluate(model, task, settings["batch_size"])
+                metrics, _ = evaluate(model, task, *task.test)
+                fresh, _ = evaluate(model, task, *task.make_batch(done))       # not yet trained on
                 run.update(metrics, seconds=round(time.time() - start, 1))
                 run["curve"].append(dict(step=done, tokens=run["tokens"], seconds=run["seconds"],
-                                         train_loss=mean, **metrics))
+                                         train_loss=mean, train=fresh, **metrics))
+                if done == steps:
+                    run["N_test"] = {str(n): evaluate(model, task, *task.test, n)[0]
+                                     for n in settings["N_test"]}
                 total, since = 0.0, done
                 tqdm.write(f"{name} | step {done} | {run['tokens'] / 1e6:.2f}M tokens | train loss "
                            f"{mean:.3f} | {line(metrics)} | {run['seconds']:.0f} s")
@@ -767,6 +772,8 @@ def main(doc, presets, add_task_flags, Task, argv=None):
         for flag in ("steps", "batch_size", "eval_every", "lr_muon", "lr_adamw"):
             if not getattr(args, flag) > 0:
                 raise ValueError(f"--{flag} must be more than 0, not {getattr(args, flag)}.")
+        if min(args.N_test, default=1) < 1:
+            raise ValueError(f"--N_test must be integers >= 1, not {args.N_test}.")
         if min(args.seed) < 0 or not 0 <= args.cooldown <= 1:
             raise ValueError("--seed must be 0 or more, --cooldown between 0 and 1.")
         plans = []
@@ -805,7 +812,10 @@ def main(doc, presets, add_task_flags, Task, argv=None):
         p.error(e)
     except Stopped as e:
         p.exit(1, f"{e}\n")
-    _, answers = evaluate(model, task, args.batch_size)
+    for r in runs:
+        for n, metrics in r["N_test"].items():
+            print(f"trained with N = {r['N']}, seed {r['seed']}; tested with N = {n}: {line(metrics)}")
+    _, answers = evaluate(model, task, tokens, targets)
     wrong = ((answers != targets) & (targets >= 0)).any(1).nonzero().flatten()[:3].tolist()
     print(f"{len(wrong)} wrong answers of N = {cfg.N}, seed {settings['seed']}:")
     for i in wrong:

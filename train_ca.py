@@ -19,7 +19,7 @@ import sleep
 
 PRESETS = {
     "cpu": dict(N=[1, 3], t=6, W=16, tapes=2, L=16, layout="as", d_model=64, n_head=2, steps=500,
-                batch_size=256, lr_muon=1e-2, lr_adamw=3e-3, cooldown=0.2, eval_every=50),
+                batch_size=256, lr_muon=1e-2, lr_adamw=3e-3, cooldown=0.2, eval_every=50, taps=4),
     "gpu": dict(N=[1, 2, 4], t=12, W=24, tapes=4, L=24, layout="asas", d_model=256, n_head=4,
                 steps=2000, batch_size=512, lr_muon=2e-3, lr_adamw=5e-4, eval_every=100),
     "paper": dict(N=[1, 2, 3, 4], t=32, W=24, tapes=4, L=24, layout="asas", d_model=256, n_head=4,
@@ -89,7 +89,7 @@ class Tapes:
         separator = torch.full_like(labels[:, :1], 2)
         return torch.cat([cells.flatten(1), separator, labels[:, :-1]], 1), labels
 
-    def score(self, logits, labels):
+    def score(self, tokens, labels, logits):
         right = logits.argmax(-1) == labels
         return dict(exact=right.all(1).float().mean().item(), bit=right.float().mean().item())
 

@@ -1,0 +1,176 @@
+"""Depo: following a shuffled cycle k steps on (Section 6.2, Figure 3)
+
+The edges of one directed cycle of n nodes in random order, then questions: which node is k hops
+after q? The edges are evicted before the first question. Storing them is the same work for every k;
+only the number of edges that an answer strings together grows.
+
+    3 -> 0 , 1 -> 3 , 0 -> 2 , 2 -> 1 ,     2 hops after 1 : 0       edges, then a question (words)
+    3 0 1 3 0 2 2 1                         2 1 0                    the same, terse
+
+    python train_khop.py                    N = 1 against N = 4, minutes on two CPU cores
+    python train_khop.py --preset paper     Section 6.2's model and data, for a GPU
+
+paper does not say: the law of n in training. Here half of the sequences have all nodes, the others
+n with weight 1 / (n + sqrt(nodes)), as in Physics of Language Models 4.1.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+import sleep
+
+PRESETS = {
+    "cpu": dict(N=[1, 4], nodes=12, K=4, queries=4, words=False, n_law="all", L=12, layout="as",
+                d_model=64, n_head=2, steps=1000, batch_size=128, lr_muon=1e-2, lr_adamw=3e-3,
+                cooldown=0.2, eval_every=100),
+    "gpu": dict(N=[1, 2, 4], nodes=20, K=8, queries=10, words=True, n_law="mix", L=80, layout="asas",
+                d_model=256, n_head=4, steps=5000, batch_size=128, lr_muon=2e-3, lr_adamw=5e-4,
+                eval_every=250),
+    "paper": dict(N=[1, 2, 4], nodes=75, K=16, queries=10, words=True, n_law="mix", L=75,
+                  layout="as" * 5, d_model=512, n_head=8, steps=100_000, batch_size=128,
+                  lr_muon=2e-3, lr_adamw=5e-4, eval_every=1000),
+}
+PAD, ARROW, COMMA, HOPS, AFTER, COLON, ONE = range(7)      # then 1..K as ONE.., then the nodes
+
+
+def add_flags(f):
+    f.add_argument("--nodes", type=int, help="nodes of the largest cycle")
+    f.add_argument("--K", type=int, help="most hops that are asked for")
+    f.add_argument("--queries", type=int, help="questions in a sequence, with distinct starts")
+    f.add_argument("--words", action=sleep.argparse.BooleanOptionalAction,
+                   help="4 tokens an edge and 6 a question, as in the paper; else 2 and 3")
+    f.add_argument("--n_law", choices=["all", "law", "mix"],
+                   help="nodes in training: all, 1 / (n + sqrt(nodes)) from 3 on, or half of each")
+    f.add_argument("--question_first", action="store_true", help="ask before the edges are read")
+
+
+class Cycles:
+    """The task, as sleep.main wants it."""
+    name = "khop"
+
+    def __init__(self, args, seed):
+        self.nodes, self.K, self.M, self.n_law = args.nodes, args.K, args.queries, args.n_law
+        self.words, self.question_first = args.words, args.question_first
+        self.batch_size, self.seed, self.device = args.batch_size, seed, args.device
+        if self.nodes < 3 or self.K < 1:
+            raise ValueError(f"--nodes {self.nodes} --K {self.K}: a cycle has 3 nodes or more, and K is "
+                             "1 or more.")
+        if not 1 <= self.M <= self.nodes:
+            raise ValueError(f"--queries {self.M} must be between 1 and the {self.nodes} nodes: every "
+                             "question of a sequence starts at another node.")
+        self.node = ONE + self.K                               # the token of node 0
+        self.vocab_size = self.node + self.nodes
+        edge = 4 if self.words else 2
+        self.ask = (6 if self.words else 3) - self.question_first * (3 if self.words else 1)
+        self.prefix = self.M * (4 if self.words else 2) if self.question_first else 0
+        context = self.prefix + edge * self.nodes
+        if not 1 <= args.L <= context:
+            raise ValueError(f"--L {args.L} must be between 1 and the {context} tokens that come before "
+                             "the answers: a longer window is never full, so nothing is evicted.")
+        if self.M * self.ask > args.L and args.L % self.ask:
+            raise ValueError(f"--L {args.L} would cut a question of {self.ask} tokens in two: take a "
+                             f"multiple, or fewer --queries.")
+        self.pad = -context % args.L                           # whole windows before the answers
+        self.context = self.pad + context
+        self.T = self.context + self.M * self.ask
+        self.test_k = ([2 ** i for i in range(self.K.bit_length())] if self.K > 4
+                       else list(range(1, self.K + 1)))
+        self.test = self.make_batch(-1)
+        self.chance = dict(accuracy={str(k): 1 / self.nodes for k in self.test_k},
+                           loss={str(k): math.log(self.nodes) for k in self.test_k})
+
+    def make_batch(self, step):
+        """Step -> tokens (B, T), targets (B, questions), from seed and step alone; -1 is the test."""
+        test, device = step < 0, self.device
+        g = torch.Generator(device).manual_seed(0 if test else self.seed * 10 ** 9 + step + 1)
+        rand = lambda *shape: torch.rand(*shape, generator=g, device=device)
+        B = 512 if test else self.batch_size
+        rows = 12 * B if test else 2 * B                       # more than enough, see `right` below
+        sizes = torch.arange(3, self.nodes + 1, device=device)
+        law = 1 / (sizes + math.sqrt(self.nodes))
+        n = sizes[torch.multinomial(law, rows, True, generator=g)]             # (rows,)
+        everything = {"all": 1.0, "law": 0.0, "mix": 0.5}[self.n_law] if not test else 1.0
+        n = torch.where(rand(rows) < everything, self.nodes, n)[:, None]       # (rows, 1)
+        i = torch.arange(self.nodes, device=device)
+        name = rand(rows, self.nodes).argsort(1)               # node at place i of the cycle
+        after = name.gather(1, (i + 1) % n)                    # the node it points to
+        live = i < n
+        # One cycle in eight is kept for the test. Rows on the right side come first.
+        code = ((name + 1) * (after + 1) * live).sum(1)
+        right = ((code * 2654435761) % 2 ** 32 < 2 ** 29) == test
+        pick = right.int().argsort(descending=True, stable=True)[:B]
+        n, name, after, live = n[pick], name[pick], after[pick], live[pick]
+
+        def words(*parts):                                     # numbers and (B, m) -> (B, m, len)
+            shape = next(p.shape for p in parts if torch.is_tensor(p))
+            return torch.stack([p if torch.is_tensor(p) else torch.full(shape, p, device=device)
+                                for p in parts], -1)
+
+        source, target = self.node + name, self.node + after
+        edges = words(source, ARROW, target, COMMA) if self.words else words(source, target)
+        edges = edges * live[..., None]                        # PAD is 0
+        order = torch.where(live, rand(B, self.nodes), -1.0).argsort(1)        # padding to the left
+        edges = edges.gather(1, order[..., None].expand_as(edges)).flatten(1)
+
+        start = torch.where(live, rand(B, self.nodes), 2.0).argsort(1)[:, :self.M]     # distinct
+        asked = start < n                                      # (B, M): a small cycle has fewer
+        if test:
+            k = torch.tensor(self.test_k, device=device)[
+                torch.randint(len(self.test_k), start.shape, generator=g, device=device)]
+        else:
+            k = torch.randint(1, self.K + 1, start.shape, generator=g, device=device)
+        q = self.node + name.gather(1, start)
+        a = self.node + name.gather(1, (start + k) % n)
+        question = words(ONE - 1 + k, HOPS, AFTER, q) if self.words else words(ONE - 1 + k, q)
+        answer = words(COLON, a) if self.words else a[..., None]
+        first = [(question * asked[..., None]).flatten(1)] if self.question_first else []
+        question = q[..., None] if self.question_first else question
+        asking = torch.cat([question, answer], -1) * asked[..., None]          # (B, M, ask)
+        targets = torch.full_like(asking, -1)
+        targets[..., -2] = torch.where(asked, a, -1)           # said by the token before the answer
+        padding = edges.new_full((B, self.pad), PAD)
+        return torch.cat([padding, *first, edges, asking.flatten(1)], 1), targets.flatten(1)
+
+    def hops(self, tokens):
+        """The k of every question, (B, M)."""
+        if self.question_first:
+            questions = tokens[:, self.pad: self.pad + self.prefix]
+        else:
+            questions = tokens[:, self.context:]
+        return questions.unflatten(1, (self.M, -1))[..., 0] - (ONE - 1)
+
+    def score(self, tokens, targets, logits):
+        """Accuracy and mean cross entropy in nats over the whole vocabulary, for each k."""
+        logits = logits.unflatten(1, (self.M, -1))[:, :, -2]                   # (B, M, vocab)
+        a = targets.unflatten(1, (self.M, -1))[..., -2]
+        k = self.hops(tokens)
+        loss = F.cross_entropy(logits.flatten(0, 1), a.flatten(), ignore_index=-1,
+                               reduction="none").view_as(a)
+        right, metrics = logits.argmax(-1) == a, dict(accuracy={}, loss={})
+        for hops in sorted(set(k[a >= 0].tolist())):
+            chosen = (k == hops) & (a >= 0)
+            metrics["accuracy"][str(hops)] = right[chosen].double().mean().item()
+            metrics["loss"][str(hops)] = loss[chosen].double().mean().item()
+        return metrics
+
+    def show(self, tokens, targets, guess=None):
+        k, told = self.hops(tokens[None])[0].tolist(), targets.unflatten(0, (self.M, -1))[:, -2].tolist()
+        ask = tokens[self.context:].unflatten(0, (self.M, -1))
+        edges = tokens[self.pad + self.prefix: self.context]
+        edges = edges[edges >= self.node].view(-1, 2) - self.node
+        text = ["  " + ", ".join(f"{a} -> {b}" for a, b in edges.tolist())]
+        for j, a in enumerate(told):
+            if a < 0:
+                continue
+            q = ask[j, -2 - self.words] - self.node
+            said = ""
+            if guess is not None:
+                said = guess.unflatten(0, (self.M, -1))[j, -2].item() - self.node
+                said = f"; the model says {said if said >= 0 else 'no node'}"
+            text.append(f"  {k[j]} hops after {q}: {a - self.node}{said}")
+        return "\n".join(text)
+
+
+if __name__ == "__main__":
+    sleep.main(__doc__, PRESETS, add_flags, Cycles)
