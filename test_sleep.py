@@ -560,6 +560,170 @@ def test_the_paper_preset_is_section_6_1():
 
 
 # ------------------------------------------------------------------------------------------------
+# k-hop retrieval
+
+def cycles(flags="", preset="paper", seed=0):
+    _, args = sleep.parse("", train_khop.PRESETS, train_khop.add_flags,
+                          shlex.split(f"--preset {preset} --device cpu {flags}"))
+    return train_khop.Cycles(args, seed)
+
+
+def read_edges(task, row):
+    """The edges that a row of tokens spells, by reading alone -> {source: target}, in order."""
+    size = 4 if task.words else 2
+    body = row[task.pad + task.prefix: task.context].tolist()
+    live = body[next(i for i, x in enumerate(body) if x):]
+    assert len(live) % size == 0 and 0 not in live
+    edges = {}
+    for i in range(0, len(live), size):
+        edge = live[i: i + size]
+        if task.words:
+            assert edge[1] == train_khop.ARROW and edge[3] == train_khop.COMMA
+        source, target = edge[0] - task.node, edge[size // 2] - task.node
+        assert 0 <= source < task.nodes and 0 <= target < task.nodes and source not in edges
+        edges[source] = target
+    return edges
+
+
+def test_edges_spell_one_cycle_and_a_walker_finds_every_answer():
+    for L, flags in ((75, "--n_law mix"), (75, "--n_law law"), (30, "--n_law all --no-words"),
+                     (75, "--question_first"), (24, "--nodes 12 --K 16 --queries 3 --n_law law")):
+        task = cycles(f"--batch_size 40 --L {L} {flags}")
+        assert task.context % L == 0                           # whole windows before the answers
+        for step in (-1, 0, 1):
+            tokens, targets = task.make_batch(step)
+            assert tokens.shape[1] == task.T and tokens.max() < task.vocab_size
+            hops = task.hops(tokens)
+            for row, wanted, ks in zip(tokens, targets, hops.tolist()):
+                edges = read_edges(task, row)
+                n, node, orbit = len(edges), next(iter(edges)), 0
+                while orbit == 0 or node != next(iter(edges)):
+                    node, orbit = edges[node], orbit + 1
+                assert orbit == n and set(edges) == set(edges.values())
+                asks = row[task.context:].unflatten(0, (task.M, -1)).tolist()
+                wanted = wanted.unflatten(0, (task.M, -1)).tolist()
+                starts = []
+                for ask, want, k in zip(asks, wanted, ks):
+                    if want[-2] < 0:
+                        assert not any(ask) and set(want) == {-1}
+                        continue
+                    q = node = ask[-3 if task.words else -2] - task.node
+                    for _ in range(k):
+                        node = edges[node]
+                    assert ask[-1] == want[-2] == node + task.node      # said one token before it
+                    assert sum(x >= 0 for x in want) == 1
+                    starts.append(q)
+                assert len(set(starts)) == len(starts) == min(n, task.M)
+
+
+def test_the_geometry_of_depo_is_section_6_2():
+    task = cycles()
+    assert (task.T, task.context, task.pad, task.vocab_size) == (360, 300, 0, 97)
+    tokens, targets = task.make_batch(0)
+    assert tokens.shape == (128, 360) and targets.shape == (128, 60)
+    n = torch.tensor([len(read_edges(task, row)) for row in tokens])
+    position = torch.arange(300)
+    assert torch.equal(tokens[:, :300] == 0, position < 300 - 4 * n[:, None])   # left padding
+    assert ((targets >= 0).sum(1) == n.clamp(max=10)).all()
+    asked = targets >= 0
+    assert not asked[:, torch.arange(60) % 6 != 4].any()       # predicted at 304 + 6 j
+    straddling = [e for e in range(75) if (4 * e) // 75 != (4 * e + 3) // 75]
+    assert straddling == [18, 37, 56]                          # edges that an eviction cuts in two
+    p = train_khop.PRESETS["paper"]
+    assert (len(p["layout"]), p["d_model"], p["L"], p["batch_size"], p["steps"]) == (
+        10, 512, 75, 128, 100_000)
+
+
+def test_hops_and_cycle_sizes_follow_their_stated_laws():
+    task = cycles("--n_law law --batch_size 4000")
+    tokens, targets = task.make_batch(0)
+    k = task.hops(tokens)[targets.unflatten(1, (10, 6))[..., 4] >= 0]
+    count = torch.bincount(k, minlength=17)[1:].double()
+    expected = len(k) / 16
+    assert ((count - expected) ** 2 / expected).sum() < 39.3   # chi-square, 15 degrees, p = 0.0006
+    n = (tokens[:, :300] > 0).sum(1) // 4
+    sizes = torch.arange(3, 76).double()
+    law = 1 / (sizes + 75 ** 0.5)
+    assert n.min() == 3 and abs(n.double().mean() - (law * sizes).sum() / law.sum()) < 1.0
+    mixed = (cycles("--n_law mix --batch_size 4000").make_batch(0)[0][:, 0] > 0).double().mean()
+    assert 0.46 < mixed < 0.55
+    tokens, _ = task.test
+    share = torch.bincount(task.hops(tokens).flatten(), minlength=17) / tokens.shape[0] / 10
+    for k in range(17):
+        assert (0.18 < share[k] < 0.22) if k in (1, 2, 4, 8, 16) else share[k] == 0
+
+
+def test_the_order_of_the_edges_tells_nothing():
+    task, distances, others = cycles("--n_law all --batch_size 1500"), [], []
+    for row in task.make_batch(0)[0]:
+        edges = read_edges(task, row)
+        rank = {source: i for i, source in enumerate(edges)}
+        distances += [abs(rank[a] - rank[b]) for a, b in edges.items()]
+    expected = (75 + 1) / 3                                    # mean distance of two random places
+    assert abs(sum(distances) / len(distances) / expected - 1) < 0.02
+
+
+def test_the_k_hop_loss_is_that_of_the_answers_alone():
+    task = cycles("--batch_size 64 --n_law all")
+    tokens, targets = task.make_batch(0)
+    perfect = torch.full((64, 60, 97), -50.0)
+    following = torch.cat([tokens[:, 301:], tokens[:, :1]], 1)
+    perfect.scatter_(2, following[..., None], 50.0)            # certain of the next token
+    cheater = task.score(tokens, targets, perfect)
+    assert set(cheater["accuracy"].values()) == {1.0} and max(cheater["loss"].values()) < 1e-6
+    blind = torch.full((64, 60, 97), -1e9)
+    blind[..., 22:] = 0.0                                      # every node alike
+    for value in task.score(tokens, targets, blind)["loss"].values():
+        assert abs(value - math.log(75)) < 1e-5
+    shifted = task.score(tokens, targets, perfect.roll(1, 1))  # one token off
+    assert max(shifted["accuracy"].values()) < 0.1
+    assert abs(task.chance["loss"]["1"] - math.log(75)) < 1e-9
+
+
+def test_an_untrained_model_knows_no_hop():
+    task = cycles("--nodes 12 --K 4 --L 12 --queries 4 --layout as --d_model 32 --n_head 2")
+    model = SleepLM(Config(task.vocab_size, task.T, 12, 2, "as", 32, 2))
+    metrics, _ = sleep.evaluate(model, task, *task.test)
+    for value in metrics["loss"].values():
+        assert abs(value - math.log(task.vocab_size)) < 0.1
+
+
+def test_earlier_answers_do_not_give_later_ones_away():
+    task, leaks, asked = cycles("--batch_size 1000 --n_law all"), 0, 0
+    tokens, targets = task.make_batch(0)
+    q = tokens[:, 300:].unflatten(1, (10, 6))[..., 3].tolist()
+    answers = targets.unflatten(1, (10, 6))[..., 4].tolist()
+    for ks, qs, wanted in zip(task.hops(tokens).tolist(), q, answers):
+        place = {}                                             # node -> (group, place in the group)
+        for k, start, a in zip(ks, qs, wanted):
+            asked += 1
+            known = place.get(start)
+            leaks += known is not None and any(
+                node == a for node, (group, at) in place.items()
+                if group == known[0] and (at - known[1] - k) % 75 == 0)
+            g, at = place.setdefault(start, (start, 0))
+            if a not in place:
+                place[a] = (g, at + k)
+            elif place[a][0] != g:                             # two groups become one
+                old, shift = place[a][0], at + k - place[a][1]
+                place = {x: (g, y + shift) if o == old else (o, y) for x, (o, y) in place.items()}
+    assert asked == 10_000 and leaks < 0.001 * asked
+
+
+def test_no_cycle_of_the_test_is_ever_trained_on():
+    task = cycles("--nodes 7 --L 7 --K 4 --queries 2 --no-words --n_law all", preset="cpu")
+    seen = lambda step: {frozenset(read_edges(task, row).items()) for row in task.make_batch(step)[0]}
+    test = seen(-1)
+    assert len(test) > 30                                      # of 6! = 720 cycles
+    trained = set().union(*(seen(step) for step in range(30)))
+    assert len(trained) > 500 and not trained & test
+    a, b = cycles(), cycles(seed=1)
+    assert torch.equal(a.make_batch(3)[0], cycles("--N 2").make_batch(3)[0])
+    assert not torch.equal(a.make_batch(3)[0], b.make_batch(3)[0])
+    assert torch.equal(a.test[0], b.test[0])
+
+
+# ------------------------------------------------------------------------------------------------
 # Training
 
 SMALL = ("--device cpu --W 8 --L 8 --t 2 --d_model 16 --n_head 2 --batch_size 8 --steps 8 "
