@@ -345,8 +345,9 @@ class SleepLM(nn.Module):
         cfg, zeros = self.cfg, self.embed.weight.new_zeros
         H, K = cfg.n_head, cfg.d_model // cfg.n_head
         S = [zeros(B, H, K, K) if kind == "s" else None for kind in cfg.layout]
+        kv = dict(dtype=torch.bfloat16) if self.bf16 else {}
         cache = [(zeros(B, 0, cfg.d_model),) if kind == "s" else
-                 (zeros(B, 0, cfg.d_model), zeros(B, H, 0, K), zeros(B, H, 0, K))
+                 (zeros(B, 0, cfg.d_model), zeros(B, H, 0, K, **kv), zeros(B, H, 0, K, **kv))
                  for kind in cfg.layout]
         return Memory(S, cache)
 
@@ -477,7 +478,7 @@ class SleepLM(nn.Module):
 #   chance                      -> the same metrics of the best constant guess
 #   show(tokens, targets, guess=None) -> one example as text
 
-RUN_FLAGS = ("out", "resume", "plot_only", "preset")       # they do not change what a model learns
+RUN_FLAGS = ("N_test", "out", "resume", "plot_only", "preset")       # they do not change what a model learns
 DEFAULTS = dict(eviction="hard", loop="all", update_rule="gated_delta", conv="as", taps=3, gate=True,
                 N_test=[], cooldown=0.0, seed=[0])
 
@@ -496,7 +497,7 @@ def parse(doc, presets, add_task_flags, argv=None):
     add_task_flags(p.add_argument_group("task"))
     f = p.add_argument_group("model and training")
     f.add_argument("--N", type=int, nargs="+", help="passes of a sleep; one model for each value")
-    f.add_argument("--N_test", type=int, nargs="*", help="also test every model with these N")
+    f.add_argument("--N_test", type=int, nargs="*", help="test the trained models with these N too")
     f.add_argument("--L", type=int, help="window of attention in tokens")
     f.add_argument("--layout", help="one letter a block: a = attention, s = SSM")
     f.add_argument("--d_model", type=int, help="width")
@@ -609,7 +610,7 @@ class Stopped(Exception):
     """Training ended early, for the reason given; all that is worth keeping is on disk."""
 
 
-def train(task, cfg, settings, out, report, resume=False):
+def train(task, cfg, settings, out, report, resume=False, N_test=()):
     """Train one model. Every `eval_every` steps: evaluate, save a checkpoint, report(run).
 
     Returns the model and its run, a dict (see README, results.json). Raises Stopped after Ctrl-C
@@ -675,9 +676,6 @@ def train(task, cfg, settings, out, report, resume=False):
                 run.update(metrics, seconds=round(time.time() - start, 1))
                 run["curve"].append(dict(step=done, tokens=run["tokens"], seconds=run["seconds"],
                                          train_loss=mean, train=fresh, **metrics))
-                if done == steps:
-                    run["N_test"] = {str(n): evaluate(model, task, *task.test, n)[0]
-                                     for n in settings["N_test"]}
                 total, since = 0.0, done
                 tqdm.write(f"{name} | step {done} | {run['tokens'] / 1e6:.2f}M tokens | train loss "
                            f"{mean:.3f} | {line(metrics)} | {run['seconds']:.0f} s")
@@ -691,6 +689,8 @@ def train(task, cfg, settings, out, report, resume=False):
     finally:
         bar.close()
         signal.signal(signal.SIGINT, previous)
+    run["N_test"] = {str(n): evaluate(model, task, *task.test, n)[0] for n in N_test}
+    report(run)
     return model, run
 
 
@@ -806,7 +806,7 @@ def main(doc, presets, add_task_flags, Task, argv=None):
 
     try:
         for task, cfg, settings in plans:
-            model, run = train(task, cfg, settings, out, report, args.resume)
+            model, run = train(task, cfg, settings, out, report, args.resume, args.N_test)
             plot(runs, out / "plot.png")
     except ValueError as e:
         p.error(e)
