@@ -19,7 +19,7 @@ plain attention-SSM hybrid.
 
   Eq. 1-2  Attention                    Eq. 6, Section 6.3      Config.loop
   Eq. 3    gated_delta_rule             Algorithm 1             SleepLM.forward
-  Eq. 4-5  Block, Config.layout         Algorithm 1, lines 6-7  SleepLM.sleep
+  Eq. 4-5  Block, Config.layout         Algorithm 1, lines 5-8  SleepLM.sleep
 """
 import argparse
 import json
@@ -56,7 +56,8 @@ def gated_delta_rule(q, k, v, log_alpha, beta, S, delta=True):
     Returns o (B, H, T, V) and the last S (B, H, V, K).
     """
     outputs = []
-    for q_t, k_t, v_t, log_alpha_t, beta_t in zip(*(x.unbind(2) for x in (q, k, v, log_alpha, beta))):
+    for q_t, k_t, v_t, log_alpha_t, beta_t in zip(q.unbind(2), k.unbind(2), v.unbind(2),
+                                                  log_alpha.unbind(2), beta.unbind(2)):
         S = log_alpha_t.exp()[..., None, None] * S                             # forget
         if delta:
             v_t = v_t - (S @ k_t[..., None]).squeeze(-1)                       # what S lacks at k_t
@@ -73,15 +74,14 @@ def unit_lower_inverse(A):
     like binomials and lose all digits in float32 from 32 tokens on.
     """
     C = A.shape[-1]
-    eye = torch.eye(C, dtype=A.dtype, device=A.device)
     i = torch.arange(C, device=A.device)
-    A0, X, size = A.detach(), eye, 1
+    exact, X, size = A.detach(), torch.eye(C, dtype=A.dtype, device=A.device), 1
     while size < C:
         block = i // size
-        below = (block[:, None] == block[None, :] + 1) & (block[:, None] % 2 == 1)   # (C, C)
-        X = X - (X @ (A0 * below) @ X if size > 1 else A0 * below)
+        below = (block[:, None] == block + 1) & (block[:, None] % 2 == 1)      # (C, C)
+        X = X - (X @ (exact * below) @ X if size > 1 else exact * below)
         size *= 2
-    return X - X @ (A @ X + X - eye)       # one Newton step: adds a digit, and dX = -X dA X
+    return X - X @ (A - exact) @ X         # subtracts zero, and has the gradient dX = -X dA X
 
 
 def gated_delta_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64):
@@ -103,21 +103,21 @@ def gated_delta_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64):
     c = log_alpha.cumsum(-1)                                                   # (B, H, n, C)
     future = torch.ones(C, C, dtype=torch.bool, device=q.device).triu(1)
     D = (c[..., :, None] - c[..., None, :]).masked_fill(future, -torch.inf).exp()
-    bv, bk = beta[..., None] * v, (beta * c.exp())[..., None] * k
     scores = (q @ k.mT) * D                                                    # (B, H, n, C, C)
     if delta:
         X = unit_lower_inverse((beta[..., None] * (k @ k.mT) * D).tril(-1))    # (B, H, n, C, C)
-    q = c.exp()[..., None] * q
-    k = (c[..., -1:] - c).exp()[..., None] * k
-    alpha = c[..., -1].exp()[..., None, None]                                  # (B, H, n, 1, 1)
+    bv, bk = beta[..., None] * v, (beta * c.exp())[..., None] * k
+    q_in = c.exp()[..., None] * q                          # reads the S before the chunk
+    k_out = (c[..., -1:] - c).exp()[..., None] * k         # writes to the S after it
+    decay = c[..., -1].exp()[..., None, None]              # of S over a chunk  (B, H, n, 1, 1)
 
     outputs = []
     for i in range(n_chunks):
         u = bv[:, :, i]                                                        # (B, H, C, V)
         if delta:
             u = X[:, :, i] @ (u - bk[:, :, i] @ S.mT)
-        outputs.append(q[:, :, i] @ S.mT + scores[:, :, i] @ u)
-        S = alpha[:, :, i] * S + u.mT @ k[:, :, i]
+        outputs.append(q_in[:, :, i] @ S.mT + scores[:, :, i] @ u)
+        S = decay[:, :, i] * S + u.mT @ k_out[:, :, i]
     return torch.cat(outputs, 2)[:, :, :T], S
 
 
@@ -128,7 +128,7 @@ def gated_delta_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64):
 class Config:
     """A model. ValueError says in one sentence what does not fit."""
     vocab_size: int
-    T: int                         # tokens of one sequence: S is to survive about N * T token-steps
+    T: int                         # tokens of one sequence: S is to survive N * T token-steps
     L: int                         # window of attention, in tokens
     N: int = 1                     # passes of a sleep
     layout: str = "asas"           # one letter a block: a = attention, s = SSM (fast weights)
@@ -137,7 +137,7 @@ class Config:
     eviction: str = "hard"         # "hard": nothing but S survives; "sliding": also L - 1 tokens
     loop: str = "all"              # blocks that are looped: "all", "middle" (half), or "first:last"
     update_rule: str = "gated_delta"   # one of RULES
-    conv: str = "as"               # mixers with a short convolution in front; the paper's: "s"
+    conv: str = "as"               # mixers behind a short convolution: the paper has it in "s" only
     taps: int = 3                  # its length in tokens
     gate: bool = True              # output gate of the fast-weight mixer
 
@@ -147,7 +147,8 @@ class Config:
                 raise ValueError(sentence)
         for name in ("vocab_size", "T", "L", "N", "d_model", "n_head", "taps"):
             value = getattr(self, name)
-            need(isinstance(value, int) and value >= 1, f"{name} must be an integer >= 1, not {value}.")
+            need(isinstance(value, int) and value >= 1,
+                 f"{name} must be an integer >= 1, not {value}.")
         need(self.layout and not set(self.layout) - set("as"),
              f"layout '{self.layout}' must be made of the letters a (attention) and s (SSM).")
         need(self.d_model % (2 * self.n_head) == 0,
@@ -155,7 +156,8 @@ class Config:
              "turns pairs).")
         need(self.eviction in ("hard", "sliding"),
              f"eviction '{self.eviction}' must be 'hard' or 'sliding'.")
-        need(self.update_rule in RULES, f"update_rule '{self.update_rule}' must be one of {', '.join(RULES)}.")
+        need(self.update_rule in RULES,
+             f"update_rule '{self.update_rule}' must be one of {', '.join(RULES)}.")
         need(not set(self.conv) - set("as"), f"conv '{self.conv}' must be '', 'a', 's' or 'as'.")
         need(self.eviction == "hard" or self.L >= self.taps,
              f"sliding eviction keeps L - 1 = {self.L - 1} tokens, the convolution needs "
@@ -202,7 +204,7 @@ class ShortConv(nn.Module):
         """x (B, T, d) and the tokens before it, tail (B, n, d) -> (B, T, d), the new tail."""
         taps, T = len(self.weight), x.shape[1]
         seen = torch.cat([tail, x], 1)
-        padded = F.pad(seen, (0, 0, taps - 1 - tail.shape[1], 0))              # (B, taps - 1 + T, d)
+        padded = F.pad(seen, (0, 0, taps - 1 - tail.shape[1], 0))             # (B, taps - 1 + T, d)
         for j in range(taps):
             x = x + self.weight[j] * padded[:, taps - 1 - j: taps - 1 - j + T]
         return x, latest(seen, taps - 1)
@@ -231,7 +233,8 @@ class Attention(nn.Module):
     def forward(self, x, k_past, v_past):
         """x (B, T, d); k_past, v_past (B, H, P, K) -> (B, T, d), k and v (B, H, P + T, K)."""
         T = x.shape[1]
-        q, k, v = (w(x).unflatten(-1, (self.H, -1)).transpose(1, 2) for w in (self.q, self.k, self.v))
+        q, k, v = (w(x).unflatten(-1, (self.H, -1)).transpose(1, 2)
+                   for w in (self.q, self.k, self.v))                          # (B, H, T, K)
         if P := k_past.shape[2]:
             k, v = torch.cat([k_past, k], 2), torch.cat([v_past, v], 2)
             i = torch.arange(P + T, device=x.device)
@@ -284,24 +287,24 @@ class Block(nn.Module):
 
     def __init__(self, kind, cfg):
         super().__init__()
-        d = cfg.d_model
+        d, self.kind = cfg.d_model, kind
         self.norm1, self.norm2 = nn.RMSNorm(d), nn.RMSNorm(d)
         self.conv = ShortConv(cfg) if kind in cfg.conv else None
         self.mixer = Attention(cfg) if kind == "a" else FastWeights(cfg)
         self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
 
     def forward(self, h, S, cache):
-        """h (B, T, d) with this block's S and cache (see Memory) -> h, S, cache with h's tokens."""
+        """h (B, T, d), this block's S and cache (see Memory) -> h, S, cache grown by T tokens."""
         tail, *kv = cache
         x = self.norm1(h)
         if self.conv is not None:
             x, tail = self.conv(x, tail)
-        if S is None:
+        if self.kind == "a":
             x, *kv = self.mixer(x, *kv)
         else:
             x, S = self.mixer(x, S)
         h = h + x
-        h = h + self.down(F.gelu(self.up(self.norm2(h))))
+        h = h + self.down(F.relu(self.up(self.norm2(h))).square())
         return h, S, (tail, *kv)
 
 
@@ -319,7 +322,6 @@ class SleepLM(nn.Module):
         self.norm = nn.RMSNorm(cfg.d_model)
         self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)         # OutProj
         self.bf16 = False                  # autocast matrix products of the blocks to bfloat16
-        self.keep = 0 if cfg.eviction == "hard" else cfg.L - 1                 # tokens, when evicted
         self.init_weights()
 
     @torch.no_grad()
@@ -333,9 +335,10 @@ class SleepLM(nn.Module):
                 elif isinstance(m, ShortConv):
                     nn.init.normal_(m.weight, std=0.5)
                 elif isinstance(m, FastWeights):
-                    # paper does not say: half-lives of the heads from 4 tokens to all token-steps
-                    # of a sequence, N * T, log-spaced. Random ones often forget the first window.
-                    longest = max(self.cfg.N * self.cfg.T, 4)
+                    # paper does not say: half-lives of the heads, log-spaced from 4 tokens to all
+                    # N * T token-steps of a sequence (the same for N = 1..4, to compare them).
+                    # Random ones often forget the first window.
+                    longest = max(self.cfg.N, 4) * self.cfg.T
                     half_life = torch.logspace(math.log10(longest), math.log10(4), m.H)
                     m.dt_bias.copy_(torch.log(torch.expm1(math.log(2) / half_life)))
                     m.A_log.zero_()
@@ -351,36 +354,36 @@ class SleepLM(nn.Module):
                  for kind in cfg.layout]
         return Memory(S, cache)
 
-    def one_pass(self, h, S, cache, keep, first, last):
-        """h, S <- Blocks(h, S), for blocks first..last-1; of the cache the latest `keep` tokens.
+    def one_pass(self, h, S, cache, first, last):
+        """h, S <- Blocks(h, S) with blocks first..last-1; their caches grow by the tokens of h.
 
         This is the unit that torch.compile fuses: N and the number of windows stay outside.
         """
         S, cache = list(S), list(cache)
         with torch.autocast(h.device.type, torch.bfloat16, enabled=self.bf16):
             for i in range(first, last):
-                h, S[i], seen = self.blocks[i](h, S[i], cache[i])
-                cache[i] = tuple(latest(x, keep) for x in seen)
+                h, S[i], cache[i] = self.blocks[i](h, S[i], cache[i])
         return h, S, cache
 
     def sleep(self, h, memory, done=0):
-        """N passes over a full window, then eviction (Algorithm 1, lines 4-8).
+        """N passes over a full window, then eviction (Algorithm 1, lines 5-8).
 
         h (B, L, d): embeddings of the window, or its features after `done` passes.
         Returns the memory after eviction. The refined h is thrown away: only S was worth it.
         """
-        S, evicted = memory.S, list(memory.cache)
+        S, seen = memory.S, list(memory.cache)
         first, last = self.cfg.span()
         for n in range(done, self.cfg.N):
-            i = 0 if n == 0 else first                              # blocks before and after the
-            j = last if n < self.cfg.N - 1 else len(self.blocks)    # looped span run only once
-            h, S, cache = self.one_pass(h, S, memory.cache, self.keep, i, j)   # h, S <- Blocks(h, S)
-            evicted[i:j] = cache[i:j]
-        return Memory(S, evicted)
+            # Blocks outside the looped span run once: in the first pass or in the last.
+            i, j = 0 if n == 0 else first, last if n < self.cfg.N - 1 else len(self.blocks)
+            h, S, cache = self.one_pass(h, S, memory.cache, i, j)   # h, S <- Blocks(h, S)
+            seen[i:j] = cache[i:j]
+        return self.evict(Memory(S, seen))
 
     def evict(self, memory):
         """Hard eviction empties the cache; sliding eviction keeps L - 1 tokens. S stays."""
-        return Memory(memory.S, [tuple(latest(x, self.keep) for x in c) for c in memory.cache])
+        keep = 0 if self.cfg.eviction == "hard" else self.cfg.L - 1
+        return Memory(memory.S, [tuple(latest(x, keep) for x in c) for c in memory.cache])
 
     def wake(self, tokens, memory):
         """One pass over the next tokens (B, T) of the present window (Algorithm 1, line 10).
@@ -388,22 +391,27 @@ class SleepLM(nn.Module):
         Returns logits (B, T, vocab) and the memory, whose cache has grown by T tokens.
         """
         self.check(tokens, memory)
-        h, S, cache = self.one_pass(self.embed(tokens), *memory, 2 * self.cfg.L, 0, len(self.blocks))
+        L, T = self.cfg.L, tokens.shape[1]
+        seen = max((c[1].shape[2] for c in memory.cache if len(c) > 1), default=0)
+        if seen + T > (L if self.cfg.eviction == "hard" else 2 * L - 1):
+            raise ValueError(f"{T} tokens do not fit into a window of L = {L} after the {seen} in "
+                             "the cache: sleep or evict first.")
+        h, S, cache = self.one_pass(self.embed(tokens), *memory, 0, len(self.blocks))
         return self.head(self.norm(h)), Memory(S, cache)
 
-    def forward(self, tokens, targets, memory=None):
-        """Algorithm 1. A window sleeps if none of its tokens predicts anything.
+    def forward(self, tokens, targets):
+        """Algorithm 1. Every window of L tokens sleeps that ends before the last M positions.
 
         tokens (B, T); targets (B, M): what the last M positions are to predict, -1 for nothing.
         Returns logits (B, M, vocab) and their mean cross entropy in nats.
         """
-        (B, T), M, L = tokens.shape, targets.shape[1], self.cfg.L
-        if not (1 <= M <= T and len(targets) == B):
-            raise ValueError(f"targets {tuple(targets.shape)} must have the batch size of tokens "
-                             f"{tuple(tokens.shape)} and between 1 and T columns.")
-        memory = memory or self.empty_memory(B)
+        memory = self.empty_memory(len(tokens))
         self.check(tokens, memory)
-        logits = []
+        (B, T), L = tokens.shape, self.cfg.L
+        if targets.ndim != 2 or len(targets) != B or not 1 <= targets.shape[1] <= T:
+            raise ValueError(f"targets {tuple(targets.shape)} must be (B, M) with the B of tokens "
+                             f"{tuple(tokens.shape)} and M from 1 to T.")
+        M, logits = targets.shape[1], []
         for start in range(0, T, L):
             window = tokens[:, start: start + L]
             if start + window.shape[1] <= T - M:
@@ -415,36 +423,44 @@ class SleepLM(nn.Module):
         logits = torch.cat(logits, 1)[:, -M:]
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
+    @torch.no_grad()
     def stream(self, tokens, state=None):
         """Tokens (B, T) that arrive one at a time; the model sleeps by itself when L have come.
 
-        The arriving tokens make pass 1, the sleep adds passes 2..N.
+        The arriving tokens make pass 1, the sleep adds passes 2..N. The numbers are those of
+        `forward` as long as all tokens that predict are in the last window: there, windows that
+        predict do not sleep.
         Returns logits (B, T, vocab) and the state for the next call: the memory now, the memory
-        at the start of the window, and the window's features after pass 1.
+        when the window began, and h of the window's tokens behind the looped blocks, one by one.
         """
-        now, start, window = state or (self.empty_memory(len(tokens)),) * 2 + ([],)
+        if state is None:
+            empty = self.empty_memory(len(tokens))
+            state = empty, empty, []
+        now, began, window = state
         self.check(tokens, now)
         first, last = self.cfg.span()
         logits, window = [], list(window)
         for token in tokens.split(1, 1):
-            h, S, cache = self.one_pass(self.embed(token), *now, 2 * self.cfg.L, 0, last)
+            h, S, cache = self.one_pass(self.embed(token), *now, 0, last)
             window.append(h)                                                   # (B, 1, d)
-            if last < len(self.blocks):
-                h, S, cache = self.one_pass(h, S, cache, 2 * self.cfg.L, last, len(self.blocks))
+            h, S, cache = self.one_pass(h, S, cache, last, len(self.blocks))
             logits.append(self.head(self.norm(h)))
             now = Memory(S, cache)
             if len(window) == self.cfg.L:
-                if self.cfg.N > 1:         # blocks after the looped span see the last pass only
-                    slept = self.sleep(torch.cat(window, 1),
-                                       Memory(S[:last] + start.S[last:], start.cache), done=1)
+                if self.cfg.N > 1:
+                    # Blocks behind the looped span are to see the last pass only: their S goes
+                    # back to where the window began. Blocks before it are done: theirs stay.
+                    before = Memory(S[:last] + began.S[last:], began.cache)
+                    slept = self.sleep(torch.cat(window, 1), before, done=1)
                     now = Memory(slept.S, cache[:first] + slept.cache[first:])
-                now = start = self.evict(now)
+                now = began = self.evict(now)
                 window = []
-        return torch.cat(logits, 1), (now, start, window)
+        return torch.cat(logits, 1), (now, began, window)
 
-    @torch.no_grad()
     def generate(self, tokens, n):
-        """The n likeliest next tokens (B, n) after the prompt tokens (B, T), one by one."""
+        """The n >= 1 likeliest next tokens (B, n) after the prompt (B, T), one by one."""
+        if n < 1:
+            raise ValueError(f"n must be at least 1 token to generate, not {n}.")
         logits, state = self.stream(tokens)
         out = [logits[:, -1:].argmax(-1)]
         while len(out) < n:
@@ -453,18 +469,18 @@ class SleepLM(nn.Module):
         return torch.cat(out, 1)
 
     def check(self, tokens, memory):
-        """ValueError if tokens or memory do not fit the model."""
-        if tokens.ndim != 2 or tokens.dtype.is_floating_point:
-            raise ValueError(f"tokens must be integers of shape (B, T), not {tokens.dtype} "
-                             f"{tuple(tokens.shape)}.")
+        """ValueError if tokens (B, T) do not fit the model or the memory."""
+        if tokens.ndim != 2 or tokens.dtype.is_floating_point or not tokens.numel():
+            raise ValueError("tokens must be integers of shape (B, T) with B and T at least 1, "
+                             f"not {tokens.dtype} {tuple(tokens.shape)}.")
         B = memory.cache[0][0].shape[0]
         if len(tokens) != B:
-            raise ValueError(f"this memory belongs to a batch of {B}, the tokens are {len(tokens)}.")
+            raise ValueError(f"this memory belongs to a batch of {B}, not of {len(tokens)}.")
         # On a GPU this look would wait for the device in every step.
-        if tokens.device.type == "cpu" and tokens.numel() and not (
+        if tokens.device.type == "cpu" and not (
                 0 <= tokens.min() and tokens.max() < self.cfg.vocab_size):
-            raise ValueError(f"tokens run from {tokens.min()} to {tokens.max()}; the vocabulary has "
-                             f"0 to {self.cfg.vocab_size - 1}.")
+            raise ValueError(f"tokens run from {tokens.min()} to {tokens.max()}; the vocabulary "
+                             f"has 0 to {self.cfg.vocab_size - 1}.")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -478,7 +494,7 @@ class SleepLM(nn.Module):
 #   chance                      -> the same metrics of the best constant guess
 #   show(tokens, targets, guess=None) -> one example as text
 
-RUN_FLAGS = ("N_test", "out", "resume", "plot_only", "preset")       # they do not change what a model learns
+RUN_FLAGS = ("N_test", "out", "resume", "plot_only", "preset")     # not what a model learns from
 DEFAULTS = dict(eviction="hard", loop="all", update_rule="gated_delta", conv="as", taps=3, gate=True,
                 N_test=[], cooldown=0.0, seed=[0])
 
@@ -563,8 +579,6 @@ def pick_out(args, task_name):
     if not go_on and args.out.exists() and any(args.out.iterdir()):
         raise ValueError(f"{args.out} is not empty: add --resume to go on with its runs, or choose "
                          "another --out.")
-    if args.plot_only and not (args.out / "results.json").exists():
-        raise ValueError(f"{args.out} has no results.json to plot.")
     return args.out
 
 
@@ -617,12 +631,13 @@ def train(task, cfg, settings, out, report, resume=False, N_test=()):
     and if the loss or a weight is not finite, ValueError if the checkpoint to resume does not fit.
     """
     device, steps, name = settings["device"], settings["steps"], f"N {cfg.N} seed {settings['seed']}"
-    path = out / f"N{cfg.N}-seed{settings['seed']}.pt"
+    path = checkpoint(out, settings)
     saved = load_checkpoint(path, settings) if resume and path.exists() else None
     torch.manual_seed(settings["seed"])
     model = SleepLM(cfg).to(device)
     model.bf16 = device == "cuda"
     if settings["compile"]:
+        torch._dynamo.config.recompile_limit = 64      # one graph for each shape and kind of batch
         model.one_pass = torch.compile(model.one_pass, fullgraph=True, dynamic=False)
     rates = settings["lr_muon"], settings["lr_adamw"]
     optimizers = make_optimizers(model, *rates)
@@ -683,7 +698,7 @@ def train(task, cfg, settings, out, report, resume=False, N_test=()):
                 model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
                 run=run, total=float(total), since=since), p))
             report(run)
-            if interrupted and done < steps:
+            if interrupted:
                 raise Stopped(f"{name}: stopped after step {done} of {steps}, which is saved. To go "
                               f"on: the same command with --resume --out {out}")
     finally:
@@ -694,6 +709,10 @@ def train(task, cfg, settings, out, report, resume=False, N_test=()):
     return model, run
 
 
+def checkpoint(out, settings):
+    return out / f"N{settings['N']}-seed{settings['seed']}.pt"
+
+
 def load_checkpoint(path, settings):
     """ValueError if the file is broken or was made with other settings."""
     try:
@@ -702,18 +721,23 @@ def load_checkpoint(path, settings):
     except Exception as e:                 # torch.load raises many kinds for a broken file
         raise ValueError(f"{path} is not a checkpoint that can be read ({type(e).__name__}): delete "
                          "it to train this model anew.") from None
-    other = [f"{k} was {old.get(k)}, is {settings.get(k)}" for k in sorted({*old, *settings})
-             if old.get(k) != settings.get(k)]
+    refuse_other_settings(path, old, settings, but=("compile",))
+    return saved
+
+
+def refuse_other_settings(path, old, new, but):
+    other = [f"{k} was {old.get(k)}, is {new.get(k)}" for k in sorted({*old, *new} - {*but})
+             if old.get(k) != new.get(k)]
     if other:
         raise ValueError(f"{path} was made with other settings ({'; '.join(other)}): resume with the "
                          "same ones, or choose another --out.")
-    return saved
 
 
 def load_results(path):
     """The runs in a results.json. ValueError if it cannot be read."""
     try:
-        return json.loads(path.read_text())["runs"]
+        runs = json.loads(path.read_text())["runs"]
+        return sorted(runs, key=lambda run: (run["seed"], run["N"]))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} cannot be read as results ({type(e).__name__}).") from None
 
@@ -734,15 +758,14 @@ def plot(runs, path):
     width, height = max(len(row) for row in rows), len(rows)
     fig, axes = plt.subplots(height, width, figsize=(3.2 * width + 1, 3 * height + 0.6),
                              squeeze=False, sharex=True, sharey="row", layout="constrained")
-    Ns = sorted({run["N"] for run in runs})
     for y, row in enumerate(rows):
         for x, (metric, case) in enumerate(row):
             ax = axes[y, x]
-            for run in sorted(runs, key=lambda run: run["N"]):
-                label = None if ax.get_legend_handles_labels()[1].count(f"N = {run['N']}") else f"N = {run['N']}"
-                ax.plot([point["tokens"] / 1e6 for point in run["curve"]],
-                        [pick(point, metric, case) for point in run["curve"]],
-                        color=f"C{Ns.index(run['N'])}", marker=".", lw=1.2, label=label)
+            for color, N in enumerate(sorted({run["N"] for run in runs})):
+                for i, run in enumerate(run for run in runs if run["N"] == N):
+                    ax.plot([point["tokens"] / 1e6 for point in run["curve"]],
+                            [pick(point, metric, case) for point in run["curve"]],
+                            color=f"C{color}", marker=".", lw=1.2, label=None if i else f"N = {N}")
             guess = pick(runs[0]["chance"], metric, case)
             ax.axhline(guess, color="gray", ls="--", label=f"constant guess {guess:.3f}")
             ax.set(title=metric if case is None else f"{metric}, {case}",
@@ -767,6 +790,8 @@ def main(doc, presets, add_task_flags, Task, argv=None):
         results = out / "results.json"
         runs = load_results(results) if results.exists() else []
         if args.plot_only:
+            if not runs:
+                raise ValueError(f"{results} is not there, or holds no run to plot.")
             plot(runs, out / "plot.png")
             return print(f"drew {out / 'plot.png'}")
         for flag in ("steps", "batch_size", "eval_every", "lr_muon", "lr_adamw"):
@@ -786,6 +811,12 @@ def main(doc, presets, add_task_flags, Task, argv=None):
                     "L", "N", "layout", "d_model", "n_head", "eviction", "loop", "update_rule", "conv",
                     "taps", "gate")})
                 plans.append((task, cfg, settings))
+                path = checkpoint(out, settings)
+                if args.resume and path.exists():
+                    load_checkpoint(path, settings)
+        for run in runs:
+            refuse_other_settings(results, dict(run["settings"], task=run["task"]),
+                                  dict(settings, task=task.name), but=("compile", "N", "seed"))
     except ValueError as e:
         p.error(e)
 
@@ -793,7 +824,7 @@ def main(doc, presets, add_task_flags, Task, argv=None):
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")                             # TF32
     print(f"{p.prog} --preset {args.preset}: " + ", ".join(
-        f"{k} {v}" for k, v in sorted(vars(args).items()) if k not in RUN_FLAGS))
+        f"{k} {v}" for k, v in sorted(vars(args).items())))
     print(f"{sum(p.numel() for p in SleepLM(plans[0][1]).parameters()):,} parameters | best constant "
           f"guess: {line(task.chance)} | results go to {out}")
     tokens, targets = task.test
@@ -804,15 +835,15 @@ def main(doc, presets, add_task_flags, Task, argv=None):
         runs[:] = [r for r in runs if (r["N"], r["seed"]) != key] + [run]
         write(results, lambda p: p.write_text(json.dumps({"runs": runs}, indent=1)))
 
+    done = []
     try:
         for task, cfg, settings in plans:
             model, run = train(task, cfg, settings, out, report, args.resume, args.N_test)
+            done.append(run)
             plot(runs, out / "plot.png")
-    except ValueError as e:
-        p.error(e)
     except Stopped as e:
         p.exit(1, f"{e}\n")
-    for r in runs:
+    for r in done:
         for n, metrics in r["N_test"].items():
             print(f"trained with N = {r['N']}, seed {r['seed']}; tested with N = {n}: {line(metrics)}")
     _, answers = evaluate(model, task, tokens, targets)
@@ -823,7 +854,8 @@ def main(doc, presets, add_task_flags, Task, argv=None):
     metrics = list(task.chance)
     print("| N | seed | steps | tokens | seconds |", *(f"{m} (guess) |" for m in metrics))
     print("|---" * (5 + len(metrics)) + "|")
-    for r in runs:
-        print(f"| {r['N']} | {r['seed']} | {r['steps']} | {r['tokens'] / 1e6:.1f}M | {r['seconds']:.0f} |",
+    for r in done:
+        print(f"| {r['N']} | {r['seed']} | {r['steps']} | {r['tokens'] / 1e6:.1f}M | "
+              f"{r['seconds']:.0f} |",
               *(f"{number(r[m])} ({number(r['chance'][m])}) |" for m in metrics))
     print(f"saved: {results}, {out / 'plot.png'}")

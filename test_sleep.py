@@ -187,6 +187,8 @@ def test_at_birth_something_survives_all_token_steps_of_a_sequence():
     alpha = (-mixer.A_log.exp() * F.softplus(mixer.dt_bias)).exp()
     close(alpha ** torch.tensor([400., 400 / 100 ** (1 / 3), 400 / 100 ** (2 / 3), 4.]),
           torch.full((4,), 0.5), 1e-4)
+    one, four = tiny(N=1).state_dict(), tiny(N=4).state_dict()
+    assert all(torch.equal(one[k], four[k]) for k in one)      # models to compare are born alike
 
 
 # ------------------------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ def plain_hybrid(model, tokens, visible, window):
         if kind == "s" and m.z is not None:
             y = y * F.silu(m.z(x))
         h = h + m.o(y)
-        h = h + block.down(F.gelu(block.up(block.norm2(h))))
+        h = h + block.down(F.relu(block.up(block.norm2(h))) ** 2)
     return model.head(model.norm(h))
 
 
@@ -300,6 +302,8 @@ def test_the_answer_takes_one_pass_whatever_N():
         model.one_pass = lambda h, *rest: passes.append(h.shape[1]) or original(h, *rest)
         model(tokens, targets_for(tokens, 2))
         assert passes == [5] * 2 * N + [2]             # two windows sleep, two tokens answer
+        model.one_pass = lambda h, S, c, i, j: (j > i and passes.append(h.shape[1])) or original(
+            h, S, c, i, j)
         passes.clear()
         _, state = model.stream(tokens[:, :10])
         assert passes == ([1] * 5 + [5] * (N - 1)) * 2
@@ -319,7 +323,7 @@ def test_a_window_that_predicts_does_not_sleep():
 def test_only_the_looped_span_is_repeated():
     model, tokens, spans = tiny(N=3, layout="asasasas", loop="middle"), random_tokens(T=6), []
     original = model.one_pass
-    model.one_pass = lambda h, S, c, keep, i, j: spans.append((i, j)) or original(h, S, c, keep, i, j)
+    model.one_pass = lambda h, S, c, i, j: spans.append((i, j)) or original(h, S, c, i, j)
     model(tokens, targets_for(tokens, 1))
     assert spans == [(0, 6), (2, 6), (2, 8), (0, 8)]
     assert Config(7, 10, 5, layout="a" * 28, loop="middle").span() == (7, 21)      # Section 6.3
@@ -478,8 +482,16 @@ def test_the_library_refuses_bad_input_in_one_sentence():
         refused(words, Config, **{**good, **kw})
     model, tokens = tiny(), random_tokens()
     refused("the vocabulary has 0 to 6", model, tokens + 1, targets_for(tokens, 1))
-    refused("between 1 and T columns", model, tokens, targets_for(tokens, 18))
+    refused("M from 1 to T", model, tokens, targets_for(tokens, 18))
+    refused("targets (3,)", model, tokens, targets_for(tokens, 1)[:, 0])
+    refused("targets (2, 1)", model, tokens, targets_for(tokens[:2], 1))
     refused("must be integers", model.stream, tokens.double())
+    refused("must be integers", model.stream, tokens[0])
+    refused("at least 1", model, tokens[:, :0], targets_for(tokens, 1))
+    refused("at least 1 token", model.generate, tokens, 0)
+    refused("6 tokens do not fit", model.wake, tokens[:, :6], model.empty_memory(3))
+    _, memory = model.wake(tokens[:, :3], model.empty_memory(3))
+    refused("after the 3 in the cache", model.wake, tokens[:, 3:6], memory)
     refused("belongs to a batch of 2", model.wake, tokens, model.empty_memory(2))
     refused("belongs to a batch of 2", model.stream, tokens, model.stream(tokens[:2])[1])
 
@@ -549,19 +561,32 @@ def test_no_pattern_of_cells_that_decides_a_test_label_is_ever_trained_on():
 
 
 def test_every_N_sees_the_same_data_and_every_seed_other_data():
-    a, b, c = tapes(), tapes("--N 4"), tapes(seed=1)
-    for step in (0, 1, 99):
-        assert torch.equal(a.make_batch(step)[0], b.make_batch(step)[0])
-        assert not torch.equal(a.make_batch(step)[0], c.make_batch(step)[0])
-    assert not torch.equal(a.make_batch(0)[0], a.make_batch(1)[0])
-    assert torch.equal(a.test[0], c.test[0])
+    make_batch, seen = train_ca.Tapes.make_batch, {}
+
+    def spy(self, step):
+        batch = make_batch(self, step)
+        seen.setdefault(self.seed, []).append((step, batch[0]))
+        return batch
+
+    train_ca.Tapes.make_batch = spy
+    try:
+        with tempfile.TemporaryDirectory() as out:
+            assert script(train_ca, f"{SMALL} --N 1 3 --seed 0 1 --out {out}")[0] == 0
+    finally:
+        train_ca.Tapes.make_batch = make_batch
+    for (test, *batches), other in ((seen[0], seen[1]), (seen[1], seen[0])):
+        half = len(batches) // 2
+        assert half == 10 and test[0] == -1 and torch.equal(test[1], other[0][1])
+        for (i, x), (j, y), (k, z) in zip(batches[:half], batches[half:], other[1:]):
+            assert i == j == k and torch.equal(x, y) and not torch.equal(x, z)
+    assert not torch.equal(seen[0][1][1], seen[0][2][1])
 
 
 def test_the_paper_preset_is_section_6_1():
     p = train_ca.PRESETS["paper"]
     assert (p["W"], p["tapes"], p["L"], p["layout"], p["d_model"]) == (24, 4, 24, "asas", 256)
     assert (p["batch_size"], p["lr_muon"], p["lr_adamw"], p["t"]) == (512, 2e-3, 5e-5, 32)
-    assert 4e9 <= p["steps"] * 512 * 100 <= 5e9
+    assert 4e9 <= p["steps"] * 512 * 100 <= 5e9 and p["conv"] == "s"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -636,7 +661,7 @@ def test_the_geometry_of_depo_is_section_6_2():
     assert straddling == [18, 37, 56]                          # edges that an eviction cuts in two
     p = train_khop.PRESETS["paper"]
     assert (len(p["layout"]), p["d_model"], p["L"], p["batch_size"], p["steps"]) == (
-        10, 512, 75, 128, 100_000)
+        10, 512, 75, 128, 100_000) and p["conv"] == "s"
 
 
 def test_hops_and_cycle_sizes_follow_their_stated_laws():
@@ -685,12 +710,22 @@ def test_the_k_hop_loss_is_that_of_the_answers_alone():
     assert abs(task.chance["loss"]["1"] - math.log(75)) < 1e-9
 
 
-def test_an_untrained_model_knows_no_hop():
-    task = cycles("--nodes 12 --K 4 --L 12 --queries 4 --layout as --d_model 32 --n_head 2")
-    model = SleepLM(Config(task.vocab_size, task.T, 12, 2, "as", 32, 2))
-    metrics, _ = sleep.evaluate(model, task, *task.test)
-    for value in metrics["loss"].values():
-        assert abs(value - math.log(task.vocab_size)) < 0.1
+def test_the_k_hop_report_averages_over_the_questions_of_each_k():
+    task = cycles("--batch_size 16 --n_law law")
+    tokens, targets = task.make_batch(0)
+    logits = torch.randn(16, 60, 97, generator=torch.Generator().manual_seed(0))
+    metrics, hops, by_hand = task.score(tokens, targets, logits), task.hops(tokens), {}
+    for b in range(16):
+        for j in range(10):
+            a = targets[b, 6 * j + 4]
+            if a >= 0:
+                log_p = logits[b, 6 * j + 4].log_softmax(-1)
+                by_hand.setdefault(str(hops[b, j].item()), []).append(
+                    (-log_p[a].item(), float(log_p.argmax() == a)))
+    assert set(metrics["loss"]) == set(by_hand)
+    for k, rows in by_hand.items():
+        assert abs(metrics["loss"][k] - sum(r[0] for r in rows) / len(rows)) < 1e-4
+        assert abs(metrics["accuracy"][k] - sum(r[1] for r in rows) / len(rows)) < 1e-6
 
 
 def test_earlier_answers_do_not_give_later_ones_away():
@@ -754,6 +789,46 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert {"embed.weight", "head.weight", "blocks.0.conv.weight", "blocks.1.mixer.dt_bias"} <= rest
 
 
+def test_both_optimizers_step_with_their_own_rate_that_cools_down():
+    rates, make_optimizers = ([], []), sleep.make_optimizers
+
+    def spy(model, *args):
+        optimizers = make_optimizers(model, *args)
+        for i, optimizer in enumerate(optimizers):
+            def step(i=i, optimizer=optimizer, original=optimizer.step):
+                before = [p.clone() for p in optimizer.param_groups[0]["params"]]
+                original()
+                moved = [not torch.equal(a, b) for a, b in zip(before,
+                                                               optimizer.param_groups[0]["params"])]
+                rates[i].append((optimizer.param_groups[0]["lr"], any(moved)))
+            optimizer.step = step
+        return optimizers
+
+    sleep.make_optimizers = spy
+    try:
+        with tempfile.TemporaryDirectory() as out:
+            assert script(train_ca, f"{SMALL} --N 1 --lr_muon 0.02 --lr_adamw 0.004 --out {out}")[0] == 0
+    finally:
+        sleep.make_optimizers = make_optimizers
+    falling = [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]                 # --steps 8 --cooldown 0.5
+    for rate, steps in zip((0.02, 0.004), rates):
+        close(torch.tensor([r for r, _ in steps]), rate * torch.tensor(falling), 1e-6)
+        assert all(moved for _, moved in steps[1:])            # the head starts at 0: no gradient yet
+
+
+def test_evaluation_with_another_N_leaves_the_model_as_it_was():
+    task = tapes("--W 8 --L 8 --t 2")
+    torch.manual_seed(0)
+    model = SleepLM(Config(3, task.T, 8, 1, "as", 16, 2))
+    torch.nn.init.normal_(model.head.weight)
+    passes, original = [], model.one_pass
+    model.one_pass = lambda *args: passes.append(1) or original(*args)
+    for N, expected in ((None, 3), (3, 7), (None, 3)):
+        passes.clear()
+        sleep.evaluate(model, task, *(x[:9] for x in task.test), N)
+        assert len(passes) == expected and model.cfg.N == 1
+
+
 def test_a_script_writes_the_results_that_it_promises():
     with tempfile.TemporaryDirectory() as out:
         status, text, err = script(train_ca, f"{SMALL} --N 1 2 --seed 0 1 --out {out}")
@@ -808,8 +883,11 @@ def test_resume_refuses_other_settings_and_broken_files():
         assert script(train_ca, f"{SMALL} --N 1 --out {out}")[0] == 0
         status, _, err = script(train_ca, f"{SMALL} --N 1 --out {out}")
         assert status == 2 and "is not empty" in err
-        status, _, err = script(train_ca, f"{SMALL} --N 1 --out {out} --resume --t 3")
-        assert status == 2 and "t was 2, is 3" in err
+        for N in (1, 2):
+            status, _, err = script(train_ca, f"{SMALL} --N {N} --out {out} --resume --t 3")
+            assert status == 2 and "t was 2, is 3" in err
+        status, _, err = script(train_khop, f"--device cpu --steps 1 --out {out} --resume")
+        assert status == 2 and "other settings" in err
         before = weights(out)
         status, _, err = script(train_ca, f"{SMALL} --N 1 --out {out} --resume")
         assert status == 0 and same(before["model"], weights(out)["model"])
@@ -819,6 +897,20 @@ def test_resume_refuses_other_settings_and_broken_files():
         (Path(out) / "results.json").write_text("{")
         status, _, err = script(train_ca, f"--out {out} --plot_only")
         assert status == 2 and "cannot be read as results" in err
+        (Path(out) / "results.json").write_text('{"runs": []}')
+        status, _, err = script(train_ca, f"--out {out} --plot_only")
+        assert status == 2 and "no run to plot" in err
+
+
+def test_a_finished_model_is_tested_with_other_N_without_training_again():
+    with tempfile.TemporaryDirectory() as out:
+        assert script(train_ca, f"{SMALL} --N 1 --out {out}")[0] == 0
+        before = weights(out)["model"]
+        status, text, err = script(train_ca, f"{SMALL} --N 1 --out {out} --resume --N_test 1 4")
+        assert status == 0 and "tested with N = 4" in text, err
+        (run,) = json.loads((Path(out) / "results.json").read_text())["runs"]
+        assert run["N_test"]["1"]["exact"] == run["exact"] and set(run["N_test"]) == {"1", "4"}
+        assert same(before, weights(out)["model"])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint():
@@ -858,8 +950,15 @@ def test_a_script_refuses_bad_input_in_one_line_with_status_2():
             ("invalid int", "--t three"), ("unrecognized", "--bogus"), ("unrecognized", "--step 3"),
             ("device 'tpu'", "--device tpu"), ("no out", "--resume --preset paper"),
             ("not a folder", f"--out {__file__}"), ("update_rule", "--update_rule oja"),
+            ("--N_test must be", "--N_test 0"), ("--cooldown between", "--cooldown 2"),
             *([] if torch.cuda.is_available() else [("no cuda device here", "--device cuda")])):
         status, _, err = script(train_ca, f"--device cpu {flags}")
+        assert status == 2 and words in err and err.count("\n") == 1, (flags, status, err)
+    for words, flags in (
+            ("K of 1 or more", "--K 0"), ("between 1 and the 12 nodes", "--queries 13"),
+            ("take 7 nodes or more", "--nodes 4"), ("never full", "--L 25"), ("never full", "--L 0"),
+            ("cut a question", "--L 10"), ("invalid choice", "--n_law some")):
+        status, _, err = script(train_khop, f"--device cpu {flags}")
         assert status == 2 and words in err and err.count("\n") == 1, (flags, status, err)
 
 
@@ -867,22 +966,24 @@ def test_a_script_refuses_bad_input_in_one_line_with_status_2():
 # README and the rest
 
 def readme_commands():
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("python ")]
+    """Every `python ...` in a code block or table of the README."""
+    text = (HERE / "README.md").read_text()
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.S)) + "\n" + "\n".join(
+        re.findall(r"`(python [^`]*)`", text))
+    return [line.split("#")[0].strip() for line in blocks.splitlines() if line.startswith("python ")]
 
 
 def test_every_command_of_the_readme_parses_and_the_short_ones_run():
-    commands = readme_commands()
-    assert "python train_ca.py" in commands and "python test_sleep.py" in commands
-    ran = 0
+    commands, ran = readme_commands(), 0
+    assert "python train_ca.py" in commands and "python train_khop.py" in commands
     for command in commands:
         _, file, *flags = shlex.split(command)
-        assert (HERE / file).exists(), command
-        if file != "train_ca.py":
+        if file == "test_sleep.py" or "--help" in flags:
             continue
-        flags = [f for f in flags if f not in ("--device", "cuda")]
-        _, args = sleep.parse("", train_ca.PRESETS, train_ca.add_flags, flags)
+        module = {"train_ca.py": train_ca, "train_khop.py": train_khop}[file]
+        p, args = sleep.parse("", module.PRESETS, module.add_flags, flags)
+        task = getattr(module, TASKS[module.__name__])(args, 0)
+        Config(task.vocab_size, task.T, args.L, args.N[0], args.layout, args.d_model, args.n_head)
         if args.steps <= 20:
             with tempfile.TemporaryDirectory() as out:
                 done = subprocess.run([sys.executable, HERE / file, *flags], cwd=out,
@@ -890,6 +991,22 @@ def test_every_command_of_the_readme_parses_and_the_short_ones_run():
                 assert done.returncode == 0, done.stderr
                 ran += 1
     assert ran >= 1
+
+
+def test_the_python_of_the_readme_runs():
+    blocks = re.findall(r"```python\n(import.*?)```", (HERE / "README.md").read_text(), re.S)
+    assert len(blocks) == 2
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(blocks[0], {})
+    assert re.findall(r"\[.*?\]", out.getvalue()) == re.findall(r"\[\d.*?\]", blocks[0].split(
+        "print", 1)[1].replace("memory.S[1]", "").replace("memory.cache[0][1]", ""))
+    space = {"__name__": "recall"}
+    exec(blocks[1], space)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(out):
+        sleep.main("", space["PRESETS"], lambda f: f.add_argument("--windows", type=int),
+                   space["Recall"], f"--device cpu --steps 2 --out {folder}".split())
+        assert len(json.loads((Path(folder) / "results.json").read_text())["runs"]) == 2
 
 
 def test_the_heart_of_sleep_in_the_readme_is_the_code():
@@ -901,10 +1018,14 @@ def test_the_heart_of_sleep_in_the_readme_is_the_code():
 
 def test_the_readme_states_every_choice_that_the_code_marks():
     readme = (HERE / "README.md").read_text()
-    marks = sum(f.read_text().count("paper does not say:") for f in HERE.glob("*.py")
-                if f.name != "test_sleep.py")
     section = readme.split("## Where the paper is silent")[1].split("\n## ")[0]
-    assert marks and section.count("\n- ") >= marks
+    for file, word in (("sleep.py", "half-lives"), ("sleep.py", "weight decay"),
+                       ("train_ca.py", "ring"), ("train_khop.py", "law of n")):
+        marks = re.findall(r"paper does not say:.*?\.", (HERE / file).read_text(), re.S)
+        assert any(word in mark for mark in marks), (file, word)
+        assert word in section.lower(), word
+    assert sum(f.read_text().count("paper does not say:") for f in HERE.glob("*.py")
+               if f.name != "test_sleep.py") == 4
 
 
 def test_nothing_is_imported_beyond_torch_numpy_tqdm_matplotlib():

@@ -10,7 +10,7 @@ label is asked for. The tapes take the same room whatever t is: only the questio
     python train_ca.py                    N = 1 against N = 3, minutes on two CPU cores
     python train_ca.py --preset paper     Section 6.1's model and data, for a GPU
 
-paper does not say: where the tape ends. Here it is a ring; between borders of zeros the first cell
+paper does not say: where the tape ends; here it is a ring. Between borders of zeros the first cell
 would be constant from t = 12 on.
 """
 import torch
@@ -19,11 +19,12 @@ import sleep
 
 PRESETS = {
     "cpu": dict(N=[1, 3], t=6, W=16, tapes=2, L=16, layout="as", d_model=64, n_head=2, steps=500,
-                batch_size=256, lr_muon=1e-2, lr_adamw=3e-3, cooldown=0.2, eval_every=50, taps=4),
+                batch_size=256, lr_muon=7e-3, lr_adamw=3e-3, cooldown=0.2, eval_every=50, taps=4),
     "gpu": dict(N=[1, 2, 4], t=12, W=24, tapes=4, L=24, layout="asas", d_model=256, n_head=4,
                 steps=2000, batch_size=512, lr_muon=2e-3, lr_adamw=5e-4, eval_every=100),
     "paper": dict(N=[1, 2, 3, 4], t=32, W=24, tapes=4, L=24, layout="asas", d_model=256, n_head=4,
-                  steps=80_000, batch_size=512, lr_muon=2e-3, lr_adamw=5e-5, eval_every=400),
+                  steps=80_000, batch_size=512, lr_muon=2e-3, lr_adamw=5e-5, eval_every=400, conv="s",
+                  taps=4),
 }
 
 
@@ -74,10 +75,10 @@ class Tapes:
             tape = ((tape << reach) | (tape >> (self.W - reach))) & ((1 << (2 * reach + 1)) - 1)
         return (tape * 2654435761) % 2 ** 32 < 2 ** 29
 
-    def make_batch(self, step, n=None):
+    def make_batch(self, step):
         """Step -> tokens (B, T), targets (B, tapes), from seed and step alone; -1 is the test set."""
         test = step < 0
-        B, draws = (2000, 256) if test else (n or self.batch_size, 16)
+        B, draws = (2048, 256) if test else (self.batch_size, 16)
         g = torch.Generator(self.device).manual_seed(0 if test else self.seed * 10 ** 9 + step + 1)
         # A tape is a number, bit i its cell i. Of many draws one from the right side is taken; all
         # of them being on the wrong one has a probability below 1e-14.

@@ -13,6 +13,7 @@ only the number of edges that an answer strings together grows.
 paper does not say: the law of n in training. Here half of the sequences have all nodes, the others
 n with weight 1 / (n + sqrt(nodes)), as in Physics of Language Models 4.1.
 """
+import argparse
 import math
 
 import torch
@@ -21,15 +22,15 @@ import torch.nn.functional as F
 import sleep
 
 PRESETS = {
-    "cpu": dict(N=[1, 4], nodes=12, K=4, queries=4, words=False, n_law="all", L=12, layout="as",
-                d_model=64, n_head=2, steps=1000, batch_size=128, lr_muon=1e-2, lr_adamw=3e-3,
-                cooldown=0.2, eval_every=100),
+    "cpu": dict(N=[1, 4], nodes=12, K=4, queries=8, words=False, n_law="all", L=12, layout="as",
+                d_model=64, n_head=2, taps=4, steps=1600, batch_size=128, lr_muon=1e-2, lr_adamw=3e-3,
+                cooldown=0.1, eval_every=100),
     "gpu": dict(N=[1, 2, 4], nodes=20, K=8, queries=10, words=True, n_law="mix", L=80, layout="asas",
                 d_model=256, n_head=4, steps=5000, batch_size=128, lr_muon=2e-3, lr_adamw=5e-4,
                 eval_every=250),
     "paper": dict(N=[1, 2, 4], nodes=75, K=16, queries=10, words=True, n_law="mix", L=75,
                   layout="as" * 5, d_model=512, n_head=8, steps=100_000, batch_size=128,
-                  lr_muon=2e-3, lr_adamw=5e-4, eval_every=1000),
+                  lr_muon=2e-3, lr_adamw=5e-4, eval_every=1000, conv="s", taps=4),
 }
 PAD, ARROW, COMMA, HOPS, AFTER, COLON, ONE = range(7)      # then 1..K as ONE.., then the nodes
 
@@ -38,7 +39,7 @@ def add_flags(f):
     f.add_argument("--nodes", type=int, help="nodes of the largest cycle")
     f.add_argument("--K", type=int, help="most hops that are asked for")
     f.add_argument("--queries", type=int, help="questions in a sequence, with distinct starts")
-    f.add_argument("--words", action=sleep.argparse.BooleanOptionalAction,
+    f.add_argument("--words", action=argparse.BooleanOptionalAction,
                    help="4 tokens an edge and 6 a question, as in the paper; else 2 and 3")
     f.add_argument("--n_law", choices=["all", "law", "mix"],
                    help="nodes in training: all, 1 / (n + sqrt(nodes)) from 3 on, or half of each")
@@ -53,9 +54,9 @@ class Cycles:
         self.nodes, self.K, self.M, self.n_law = args.nodes, args.K, args.queries, args.n_law
         self.words, self.question_first = args.words, args.question_first
         self.batch_size, self.seed, self.device = args.batch_size, seed, args.device
-        if self.nodes < 3 or self.K < 1:
-            raise ValueError(f"--nodes {self.nodes} --K {self.K}: a cycle has 3 nodes or more, and K is "
-                             "1 or more.")
+        if self.nodes < 7 or self.K < 1:
+            raise ValueError(f"--nodes {self.nodes} --K {self.K}: take 7 nodes or more (fewer make too "
+                             "few cycles to hold some out of training) and K of 1 or more.")
         if not 1 <= self.M <= self.nodes:
             raise ValueError(f"--queries {self.M} must be between 1 and the {self.nodes} nodes: every "
                              "question of a sequence starts at another node.")
@@ -66,8 +67,8 @@ class Cycles:
         self.prefix = self.M * (4 if self.words else 2) if self.question_first else 0
         context = self.prefix + edge * self.nodes
         if not 1 <= args.L <= context:
-            raise ValueError(f"--L {args.L} must be between 1 and the {context} tokens that come before "
-                             "the answers: a longer window is never full, so nothing is evicted.")
+            raise ValueError(f"--L {args.L} must be between 1 and the {context} tokens that come "
+                             "before the answers: a longer window is never full.")
         if self.M * self.ask > args.L and args.L % self.ask:
             raise ValueError(f"--L {args.L} would cut a question of {self.ask} tokens in two: take a "
                              f"multiple, or fewer --queries.")
@@ -150,12 +151,13 @@ class Cycles:
         right, metrics = logits.argmax(-1) == a, dict(accuracy={}, loss={})
         for hops in sorted(set(k[a >= 0].tolist())):
             chosen = (k == hops) & (a >= 0)
-            metrics["accuracy"][str(hops)] = right[chosen].double().mean().item()
-            metrics["loss"][str(hops)] = loss[chosen].double().mean().item()
+            metrics["accuracy"][str(hops)] = right[chosen].float().mean().item()
+            metrics["loss"][str(hops)] = loss[chosen].float().mean().item()
         return metrics
 
     def show(self, tokens, targets, guess=None):
-        k, told = self.hops(tokens[None])[0].tolist(), targets.unflatten(0, (self.M, -1))[:, -2].tolist()
+        k = self.hops(tokens[None])[0].tolist()
+        told = targets.unflatten(0, (self.M, -1))[:, -2].tolist()
         ask = tokens[self.context:].unflatten(0, (self.M, -1))
         edges = tokens[self.pad + self.prefix: self.context]
         edges = edges[edges >= self.node].view(-1, 2) - self.node
