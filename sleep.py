@@ -368,7 +368,8 @@ class SleepLM(nn.Module):
     def sleep(self, h, memory, done=0):
         """N passes over a full window, then eviction (Algorithm 1, lines 5-8).
 
-        h (B, L, d): embeddings of the window, or its features after `done` passes.
+        h (B, L, d): embeddings of the window, or its features after `done` < N passes.
+        Every pass reads the cache with which the window began, and hands h and S to the next.
         Returns the memory after eviction. The refined h is thrown away: only S was worth it.
         """
         S, seen = memory.S, list(memory.cache)
@@ -405,18 +406,18 @@ class SleepLM(nn.Module):
         tokens (B, T); targets (B, M): what the last M positions are to predict, -1 for nothing.
         Returns logits (B, M, vocab) and their mean cross entropy in nats.
         """
-        memory = self.empty_memory(len(tokens))
+        memory = self.empty_memory(len(tokens))                                # line 1
         self.check(tokens, memory)
         (B, T), L = tokens.shape, self.cfg.L
         if targets.ndim != 2 or len(targets) != B or not 1 <= targets.shape[1] <= T:
             raise ValueError(f"targets {tuple(targets.shape)} must be (B, M) with the B of tokens "
                              f"{tuple(tokens.shape)} and M from 1 to T.")
         M, logits = targets.shape[1], []
-        for start in range(0, T, L):
+        for start in range(0, T, L):                                           # lines 2-3
             window = tokens[:, start: start + L]
-            if start + window.shape[1] <= T - M:
+            if start + window.shape[1] <= T - M:                               # lines 4-8
                 memory = self.sleep(self.embed(window), memory)
-            else:
+            else:                                                              # lines 9-11
                 out, memory = self.wake(window, memory)
                 memory = self.evict(memory)
                 logits.append(out)
@@ -488,11 +489,12 @@ class SleepLM(nn.Module):
 #
 # A task is built from the settings and a seed, and has
 #   name, vocab_size, T         T = tokens of one sequence
+#   cases                       what the cases of a metric are called, if it has cases
 #   make_batch(step)            -> tokens (B, T), targets (B, M) of training step `step`
-#   test                        -> tokens, targets that training never shows
-#   score(tokens, targets, logits) -> {metric: number, or {case: number}}
-#   chance                      -> the same metrics of the best constant guess
-#   show(tokens, targets, guess=None) -> one example as text
+#   test                        tokens, targets that training never shows
+#   score(tokens, targets, logits)     -> {metric: number, or {case: number}}
+#   chance                      the same metrics of the best constant guess
+#   show(tokens, targets, guess=None)  -> one example as text
 
 RUN_FLAGS = ("N_test", "out", "resume", "plot_only", "preset")     # not what a model learns from
 DEFAULTS = dict(eviction="hard", loop="all", update_rule="gated_delta", conv="as", taps=3, gate=True,
@@ -542,7 +544,7 @@ def parse(doc, presets, add_task_flags, argv=None):
         device = pick_device(known.device)
     except ValueError as e:
         p.error(e)
-    preset = known.preset or ("gpu" if device == "cuda" else "cpu")
+    preset = known.preset or ("gpu" if device == "cuda" and "gpu" in presets else "cpu")
     p.set_defaults(**DEFAULTS | dict(compile=device == "cuda") | presets[preset])
     args = p.parse_args(argv)
     args.preset, args.device = preset, device
@@ -742,7 +744,7 @@ def load_results(path):
         raise ValueError(f"{path} cannot be read as results ({type(e).__name__}).") from None
 
 
-def plot(runs, path):
+def plot(runs, path, cases):
     """One panel a metric and case, one colour an N, one line a seed, the constant guess dashed."""
     import matplotlib
     matplotlib.use("Agg")
@@ -768,7 +770,8 @@ def plot(runs, path):
                             color=f"C{color}", marker=".", lw=1.2, label=None if i else f"N = {N}")
             guess = pick(runs[0]["chance"], metric, case)
             ax.axhline(guess, color="gray", ls="--", label=f"constant guess {guess:.3f}")
-            ax.set(title=metric if case is None else f"{metric}, {case}",
+            ax.set(title=None if case is None else f"{cases} = {case}",
+                   ylabel=metric if case is None or x == 0 else None,
                    xlabel="training tokens (millions)" if y == height - 1 else None)
             ax.grid(alpha=0.3)
             ax.legend(fontsize=7)
@@ -792,7 +795,7 @@ def main(doc, presets, add_task_flags, Task, argv=None):
         if args.plot_only:
             if not runs:
                 raise ValueError(f"{results} is not there, or holds no run to plot.")
-            plot(runs, out / "plot.png")
+            plot(runs, out / "plot.png", Task.cases)
             return print(f"drew {out / 'plot.png'}")
         for flag in ("steps", "batch_size", "eval_every", "lr_muon", "lr_adamw"):
             if not getattr(args, flag) > 0:
@@ -820,6 +823,13 @@ def main(doc, presets, add_task_flags, Task, argv=None):
     except ValueError as e:
         p.error(e)
 
+    if args.compile:
+        try:
+            torch.compile(torch.sin)(torch.ones(1, device=args.device))
+        except Exception as e:             # no compiler, no Triton: every platform has its own error
+            print(f"torch.compile does not work here ({type(e).__name__}): going on without it.")
+            for *_, settings in plans:
+                settings["compile"] = False
     out.mkdir(parents=True, exist_ok=True)
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")                             # TF32
@@ -840,9 +850,11 @@ def main(doc, presets, add_task_flags, Task, argv=None):
         for task, cfg, settings in plans:
             model, run = train(task, cfg, settings, out, report, args.resume, args.N_test)
             done.append(run)
-            plot(runs, out / "plot.png")
+            plot(runs, out / "plot.png", Task.cases)
     except Stopped as e:
         p.exit(1, f"{e}\n")
+    except KeyboardInterrupt:
+        p.exit(1, f"stopped; {out} holds what was done, --resume goes on from there\n")
     for r in done:
         for n, metrics in r["N_test"].items():
             print(f"trained with N = {r['N']}, seed {r['seed']}; tested with N = {n}: {line(metrics)}")

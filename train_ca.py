@@ -45,7 +45,7 @@ def evolve(cells, rule, t):
 
 class Tapes:
     """The task, as sleep.main wants it. Tokens: 0, 1 the cells, 2 the separator."""
-    name, vocab_size = "ca", 3
+    name, cases, vocab_size = "ca", None, 3
 
     def __init__(self, args, seed):
         self.rule, self.t, self.W, self.n_tapes = args.rule, args.t, args.W, args.tapes

@@ -48,7 +48,7 @@ def add_flags(f):
 
 class Cycles:
     """The task, as sleep.main wants it."""
-    name = "khop"
+    name, cases = "khop", "k"
 
     def __init__(self, args, seed):
         self.nodes, self.K, self.M, self.n_law = args.nodes, args.K, args.queries, args.n_law
