@@ -564,6 +564,14 @@ def pick_device(name):
     return name
 
 
+def can_compile(device):
+    try:
+        torch.compile(torch.sin)(torch.ones(1, device=device))
+        return True
+    except Exception:                      # no C++ compiler, no Triton: each has its own error
+        return False
+
+
 def pick_out(args, task_name):
     """The folder of results. Nothing that a run has finished is ever written over."""
     go_on = args.resume or args.plot_only
@@ -823,13 +831,10 @@ def main(doc, presets, add_task_flags, Task, argv=None):
     except ValueError as e:
         p.error(e)
 
-    if args.compile:
-        try:
-            torch.compile(torch.sin)(torch.ones(1, device=args.device))
-        except Exception as e:             # no compiler, no Triton: every platform has its own error
-            print(f"torch.compile does not work here ({type(e).__name__}): going on without it.")
-            for *_, settings in plans:
-                settings["compile"] = False
+    if args.compile and not can_compile(args.device):
+        print("torch.compile finds no compiler here: going on without it.")
+        for *_, settings in plans:
+            settings["compile"] = False
     out.mkdir(parents=True, exist_ok=True)
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")                             # TF32
