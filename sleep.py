@@ -19,7 +19,7 @@ plain attention-SSM hybrid.
 
   Eq. 1-2  Attention                    Eq. 6, Section 6.3      Config.loop
   Eq. 3    gated_delta_rule             Algorithm 1             SleepLM.forward
-  Eq. 4-5  Block, Config.layout         Algorithm 1, lines 5-8  SleepLM.sleep
+  Eq. 4-5  Block, Config.layout         Algorithm 1, lines 6-7  SleepLM.sleep
 """
 import argparse
 import json
@@ -75,22 +75,26 @@ def unit_lower_inverse(A):
     """
     C = A.shape[-1]
     i = torch.arange(C, device=A.device)
-    exact, X, size = A.detach(), torch.eye(C, dtype=A.dtype, device=A.device), 1
+    fixed, X, size = A.detach(), torch.eye(C, dtype=A.dtype, device=A.device), 1
     while size < C:
         block = i // size
         below = (block[:, None] == block + 1) & (block[:, None] % 2 == 1)      # (C, C)
-        X = X - (X @ (exact * below) @ X if size > 1 else exact * below)
+        X = X - (X @ (fixed * below) @ X if size > 1 else fixed * below)
         size *= 2
-    return X - X @ (A - exact) @ X         # subtracts zero, and has the gradient dX = -X dA X
+    # The loop is outside autograd. This line subtracts X 0 X, which changes no number, but its
+    # gradient is that of an inverse: dX = -X dA X.
+    return X - X @ (A - fixed) @ X
 
 
 def gated_delta_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64):
     """The numbers of `gated_delta_rule` as matrix products over chunks of at most `chunk` tokens.
 
-    Unrolled inside a chunk, what token i writes is
+    Unrolled inside a chunk, token i writes u_i and reads o_i,
         u_i = beta_i (v_i - e^{c_i} S k_i - sum_{j<i} e^{c_i - c_j} (k_i . k_j) u_j)
-    with c the running sum of log_alpha and S the state before the chunk: a triangular system.
-    Every exponent is <= 0, and the mask comes before exp, so nothing overflows.
+        o_i = e^{c_i} S q_i + sum_{j<=i} e^{c_i - c_j} (q_i . k_j) u_j
+    with c the running sum of log_alpha and S the state before the chunk: the first line is a
+    triangular system (u_i = beta_i v_i without delta). D_ij = e^{c_i - c_j}: every exponent is
+    <= 0, and the mask comes before exp, so nothing overflows.
     """
     T = q.shape[2]
     n_chunks = math.ceil(T / chunk)
@@ -128,14 +132,14 @@ def gated_delta_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64):
 class Config:
     """A model. ValueError says in one sentence what does not fit."""
     vocab_size: int
-    T: int                         # tokens of one sequence: S is to survive N * T token-steps
+    T: int                         # tokens of one sequence; sets the decay at birth, limits nothing
     L: int                         # window of attention, in tokens
     N: int = 1                     # passes of a sleep
     layout: str = "asas"           # one letter a block: a = attention, s = SSM (fast weights)
     d_model: int = 256
     n_head: int = 4
     eviction: str = "hard"         # "hard": nothing but S survives; "sliding": also L - 1 tokens
-    loop: str = "all"              # blocks that are looped: "all", "middle" (half), or "first:last"
+    loop: str = "all"              # looped blocks: "all", "middle" (half), or a slice "first:last"
     update_rule: str = "gated_delta"   # one of RULES
     conv: str = "as"               # mixers behind a short convolution: the paper has it in "s" only
     taps: int = 3                  # its length in tokens
@@ -337,7 +341,7 @@ class SleepLM(nn.Module):
                 elif isinstance(m, FastWeights):
                     # paper does not say: half-lives of the heads, log-spaced from 4 tokens to all
                     # N * T token-steps of a sequence (the same for N = 1..4, to compare them).
-                    # Random ones often forget the first window.
+                    # Random ones often forget the first window. softplus(dt_bias) = log 2 / half-life.
                     longest = max(self.cfg.N, 4) * self.cfg.T
                     half_life = torch.logspace(math.log10(longest), math.log10(4), m.H)
                     m.dt_bias.copy_(torch.log(torch.expm1(math.log(2) / half_life)))
@@ -366,7 +370,7 @@ class SleepLM(nn.Module):
         return h, S, cache
 
     def sleep(self, h, memory, done=0):
-        """N passes over a full window, then eviction (Algorithm 1, lines 5-8).
+        """N passes over a full window, then eviction (Algorithm 1, lines 6-7).
 
         h (B, L, d): embeddings of the window, or its features after `done` < N passes.
         Every pass reads the cache with which the window began, and hands h and S to the next.
@@ -375,8 +379,8 @@ class SleepLM(nn.Module):
         S, seen = memory.S, list(memory.cache)
         first, last = self.cfg.span()
         for n in range(done, self.cfg.N):
-            # Blocks outside the looped span run once: in the first pass or in the last.
-            i, j = 0 if n == 0 else first, last if n < self.cfg.N - 1 else len(self.blocks)
+            i = 0 if n == 0 else first     # blocks outside the looped span run once:
+            j = len(self.blocks) if n == self.cfg.N - 1 else last    # in the first pass or the last
             h, S, cache = self.one_pass(h, S, memory.cache, i, j)   # h, S <- Blocks(h, S)
             seen[i:j] = cache[i:j]
         return self.evict(Memory(S, seen))
@@ -415,7 +419,7 @@ class SleepLM(nn.Module):
         M, logits = targets.shape[1], []
         for start in range(0, T, L):                                           # lines 2-3
             window = tokens[:, start: start + L]
-            if start + window.shape[1] <= T - M:                               # lines 4-8
+            if start + window.shape[1] <= T - M:                               # line 5
                 memory = self.sleep(self.embed(window), memory)
             else:                                                              # lines 9-11
                 out, memory = self.wake(window, memory)
@@ -521,7 +525,7 @@ def parse(doc, presets, add_task_flags, argv=None):
     f.add_argument("--d_model", type=int, help="width")
     f.add_argument("--n_head", type=int, help="heads of every mixer")
     f.add_argument("--eviction", help="hard: only S survives; sliding: also L - 1 tokens")
-    f.add_argument("--loop", help="looped blocks: all, middle (half), or first:last")
+    f.add_argument("--loop", help="looped blocks: all, middle (half), or a slice first:last")
     f.add_argument("--update_rule", help=", ".join(RULES))
     f.add_argument("--conv", help="mixers behind a short convolution: as, s (the paper), a or ''")
     f.add_argument("--taps", type=int, help="tokens that the short convolution sees")
@@ -846,8 +850,11 @@ def main(doc, presets, add_task_flags, Task, argv=None):
     print("one example:", task.show(tokens[0], targets[0]), sep="\n")
 
     def report(run):
-        key = run["N"], run["seed"]
-        runs[:] = [r for r in runs if (r["N"], r["seed"]) != key] + [run]
+        for old in [r for r in runs if (r["N"], r["seed"]) == (run["N"], run["seed"])]:
+            if old["steps"] == run["steps"]:
+                run["N_test"] = old.get("N_test", {}) | run.get("N_test", {})
+            runs.remove(old)
+        runs.append(run)
         write(results, lambda p: p.write_text(json.dumps({"runs": runs}, indent=1)))
 
     done = []
@@ -864,9 +871,9 @@ def main(doc, presets, add_task_flags, Task, argv=None):
         for n, metrics in r["N_test"].items():
             print(f"trained with N = {r['N']}, seed {r['seed']}; tested with N = {n}: {line(metrics)}")
     _, answers = evaluate(model, task, tokens, targets)
-    wrong = ((answers != targets) & (targets >= 0)).any(1).nonzero().flatten()[:3].tolist()
-    print(f"{len(wrong)} wrong answers of N = {cfg.N}, seed {settings['seed']}:")
-    for i in wrong:
+    wrong = ((answers != targets) & (targets >= 0)).any(1).nonzero().flatten().tolist()
+    print(f"N = {cfg.N}, seed {settings['seed']} is wrong in {len(wrong)} of {len(tokens)} sequences:")
+    for i in wrong[:3]:
         print(task.show(tokens[i], targets[i], answers[i]))
     metrics = list(task.chance)
     print("| N | seed | steps | tokens | seconds |", *(f"{m} (guess) |" for m in metrics))

@@ -844,7 +844,7 @@ def test_a_script_writes_the_results_that_it_promises():
             assert [p["step"] for p in r["curve"]] == [4, 8] and r["torch"] == torch.__version__
             assert r["curve"][-1]["exact"] == r["exact"]
         assert (Path(out) / "plot.png").read_bytes()[:4] == b"\x89PNG"
-        assert "constant guess" in text and "parameters" in text and "wrong answers" in text
+        assert "constant guess" in text and "parameters" in text and "is wrong in" in text
         assert "| 2 | 1 | 8 |" in text
         (Path(out) / "plot.png").unlink()
         assert script(train_ca, f"--plot_only --out {out}")[0] == 0
@@ -913,6 +913,9 @@ def test_a_finished_model_is_tested_with_other_N_without_training_again():
         (run,) = json.loads((Path(out) / "results.json").read_text())["runs"]
         assert run["N_test"]["1"]["exact"] == run["exact"] and set(run["N_test"]) == {"1", "4"}
         assert same(before, weights(out)["model"])
+        assert script(train_ca, f"{SMALL} --N 1 2 --out {out} --resume")[0] == 0
+        runs = json.loads((Path(out) / "results.json").read_text())["runs"]
+        assert [set(r["N_test"]) for r in runs] == [{"1", "4"}, set()]     # nothing finished is lost
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint():
@@ -1011,11 +1014,13 @@ def test_the_python_of_the_readme_runs():
         assert len(json.loads((Path(folder) / "results.json").read_text())["runs"]) == 2
 
 
-def test_the_heart_of_sleep_in_the_readme_is_the_code():
+def test_the_code_in_the_readme_is_the_code():
     block = re.search(r"```python\n(    def sleep\(.*?)```", (HERE / "README.md").read_text(), re.S)
     source = (HERE / "sleep.py").read_text()
     code = re.sub(r'        """.*?"""\n', "", source, flags=re.S)
     assert block and block[1].strip() in code
+    removed = re.findall(r"^-( +\S.*)$", (HERE / "README.md").read_text(), re.M)
+    assert len(removed) == 2 and all(line in source for line in removed)       # the worked examples
 
 
 def test_the_readme_states_every_choice_that_the_code_marks():

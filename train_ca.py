@@ -68,9 +68,10 @@ class Tapes:
         """One in eight of the patterns that decide the label is kept for the test.
 
         After t steps the first cell depends on the 2t + 1 cells around it. Tapes that differ
-        elsewhere only would be the same question, so it is these cells that are hashed.
+        elsewhere only would be the same question, so it is these cells that are hashed; at least 7
+        of them, since fewer make too few patterns to hold some out.
         """
-        reach = max(self.t, 3)
+        reach = max(self.t, 3)             # bits 0..2 reach are then cells -reach..reach
         if 2 * reach + 1 < self.W:
             tape = ((tape << reach) | (tape >> (self.W - reach))) & ((1 << (2 * reach + 1)) - 1)
         return (tape * 2654435761) % 2 ** 32 < 2 ** 29

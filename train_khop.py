@@ -8,10 +8,11 @@ only the number of edges that an answer strings together grows.
     3 0 1 3 0 2 2 1                         2 1 0                    the same, terse
 
     python train_khop.py                    N = 1 against N = 3, minutes on two CPU cores
-    python train_khop.py --preset paper     Section 6.2's model and data, for a GPU
+    python train_khop.py --preset paper     Section 6.2's sizes, for a GPU
 
-paper does not say: the law of n in training. Here half of the sequences have all nodes, the others
-n with weight 1 / (n + sqrt(nodes)), as in Physics of Language Models 4.1.
+paper does not say: the law of n in training. In the larger presets half of the sequences have all
+nodes, the others n from 3 on with weight 1 / (n + sqrt(nodes)), the law of Physics of Language Models
+4.1; in the cpu preset all have all nodes.
 """
 import argparse
 import math
@@ -25,7 +26,7 @@ PRESETS = {
     "cpu": dict(N=[1, 3], nodes=12, K=4, queries=8, words=False, n_law="all", L=12, layout="as",
                 d_model=64, n_head=2, taps=4, steps=1600, batch_size=128, lr_muon=7e-3, lr_adamw=3e-3,
                 cooldown=0.1, eval_every=100),
-    "gpu": dict(N=[1, 2, 4], nodes=20, K=8, queries=10, words=True, n_law="mix", L=80, layout="asas",
+    "gpu": dict(N=[1, 2, 4], nodes=24, K=8, queries=10, words=True, n_law="mix", L=24, layout="asas",
                 d_model=256, n_head=4, steps=5000, batch_size=128, lr_muon=2e-3, lr_adamw=5e-4,
                 eval_every=250),
     "paper": dict(N=[1, 2, 4], nodes=75, K=16, queries=10, words=True, n_law="mix", L=75,
@@ -87,7 +88,7 @@ class Cycles:
         g = torch.Generator(device).manual_seed(0 if test else self.seed * 10 ** 9 + step + 1)
         rand = lambda *shape: torch.rand(*shape, generator=g, device=device)
         B = 512 if test else self.batch_size
-        rows = 12 * B if test else 2 * B                       # more than enough, see `right` below
+        rows = 12 * B if test else max(2 * B, B + 30)          # more than enough, see `right` below
         sizes = torch.arange(3, self.nodes + 1, device=device)
         law = 1 / (sizes + math.sqrt(self.nodes))
         n = sizes[torch.multinomial(law, rows, True, generator=g)]             # (rows,)
@@ -103,13 +104,13 @@ class Cycles:
         pick = right.int().argsort(descending=True, stable=True)[:B]
         n, name, after, live = n[pick], name[pick], after[pick], live[pick]
 
-        def words(*parts):                                     # numbers and (B, m) -> (B, m, len)
+        def phrase(*parts):                                    # numbers and (B, m) -> (B, m, len)
             shape = next(p.shape for p in parts if torch.is_tensor(p))
             return torch.stack([p if torch.is_tensor(p) else torch.full(shape, p, device=device)
                                 for p in parts], -1)
 
         source, target = self.node + name, self.node + after
-        edges = words(source, ARROW, target, COMMA) if self.words else words(source, target)
+        edges = phrase(source, ARROW, target, COMMA) if self.words else phrase(source, target)
         edges = edges * live[..., None]                        # PAD is 0
         order = torch.where(live, rand(B, self.nodes), -1.0).argsort(1)        # padding to the left
         edges = edges.gather(1, order[..., None].expand_as(edges)).flatten(1)
@@ -123,10 +124,11 @@ class Cycles:
             k = torch.randint(1, self.K + 1, start.shape, generator=g, device=device)
         q = self.node + name.gather(1, start)
         a = self.node + name.gather(1, (start + k) % n)
-        question = words(ONE - 1 + k, HOPS, AFTER, q) if self.words else words(ONE - 1 + k, q)
-        answer = words(COLON, a) if self.words else a[..., None]
-        first = [(question * asked[..., None]).flatten(1)] if self.question_first else []
-        question = q[..., None] if self.question_first else question
+        question = phrase(ONE - 1 + k, HOPS, AFTER, q) if self.words else phrase(ONE - 1 + k, q)
+        answer = phrase(COLON, a) if self.words else a[..., None]
+        first = []
+        if self.question_first:            # whole questions in front; before the answers q again
+            first, question = [(question * asked[..., None]).flatten(1)], q[..., None]
         asking = torch.cat([question, answer], -1) * asked[..., None]          # (B, M, ask)
         targets = torch.full_like(asking, -1)
         targets[..., -2] = torch.where(asked, a, -1)           # said by the token before the answer
