@@ -1019,7 +1019,8 @@ def test_the_code_in_the_readme_is_the_code():
     source = (HERE / "sleep.py").read_text()
     code = re.sub(r'        """.*?"""\n', "", source, flags=re.S)
     assert block and block[1].strip() in code
-    removed = re.findall(r"^-( +\S.*)$", (HERE / "README.md").read_text(), re.M)
+    diffs = "".join(re.findall(r"```diff\n(.*?)```", (HERE / "README.md").read_text(), re.S))
+    removed = re.findall(r"^-(.*)$", diffs, re.M)
     assert len(removed) == 2 and all(line in source for line in removed)       # the worked examples
 
 
