@@ -839,7 +839,10 @@ def main(doc, presets, add_task_flags, Task, argv=None):
         print("torch.compile finds no compiler here: going on without it.")
         for *_, settings in plans:
             settings["compile"] = False
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        p.error(f"the folder {out} cannot be made ({e.strerror}): choose another --out.")
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")                             # TF32
     print(f"{p.prog} --preset {args.preset}: " + ", ".join(
