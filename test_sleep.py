@@ -1053,7 +1053,7 @@ def main():
         try:
             f()
             print(f"ok    {time.time() - start:5.1f} s  {name[5:].replace('_', ' ')}", flush=True)
-        except Exception:
+        except (Exception, SystemExit):
             failed += 1
             print(f"FAIL  {time.time() - start:5.1f} s  {name[5:].replace('_', ' ')}", flush=True)
             traceback.print_exc()
