@@ -26,9 +26,8 @@ import json
 import math
 import os
 import signal
-import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -814,8 +813,8 @@ def main(doc, presets, add_task_flags, Task, argv=None):
                 raise ValueError(f"--{flag} must be more than 0, not {getattr(args, flag)}.")
         if min(args.N_test, default=1) < 1:
             raise ValueError(f"--N_test must be integers >= 1, not {args.N_test}.")
-        if min(args.seed) < 0 or not 0 <= args.cooldown <= 1:
-            raise ValueError("--seed must be 0 or more, --cooldown between 0 and 1.")
+        if not (0 <= min(args.seed) and max(args.seed) <= 10 ** 6 and 0 <= args.cooldown <= 1):
+            raise ValueError("--seed must be from 0 to a million, --cooldown from 0 to 1.")
         plans = []
         for seed in args.seed:
             task = Task(args, seed)

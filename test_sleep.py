@@ -955,7 +955,8 @@ def test_a_script_refuses_bad_input_in_one_line_with_status_2():
             ("invalid int", "--t three"), ("unrecognized", "--bogus"), ("unrecognized", "--step 3"),
             ("device 'tpu'", "--device tpu"), ("no out", "--resume --preset paper"),
             ("not a folder", f"--out {__file__}"), ("cannot be made", f"--out {__file__}/x"), ("update_rule", "--update_rule oja"),
-            ("--N_test must be", "--N_test 0"), ("--cooldown between", "--cooldown 2"),
+            ("--N_test must be", "--N_test 0"), ("--cooldown from", "--cooldown 2"),
+            ("--seed must be", "--seed 0 99999999999"), ("--seed must be", "--seed -1"),
             *([] if torch.cuda.is_available() else [("no cuda device here", "--device cuda")])):
         status, _, err = script(train_ca, f"--device cpu {flags}")
         assert status == 2 and words in err and err.count("\n") == 1, (flags, status, err)
