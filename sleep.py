@@ -25,15 +25,21 @@ import argparse
 import json
 import math
 import os
+import random
 import signal
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
+from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
@@ -143,6 +149,7 @@ class Config:
     conv: str = "as"               # mixers behind a short convolution: the paper has it in "s" only
     taps: int = 3                  # its length in tokens
     gate: bool = True              # output gate of the fast-weight mixer
+    keep_S: bool = True            # False: a lesion, evictions empty S as well
 
     def __post_init__(self):
         def need(ok, sentence):
@@ -387,7 +394,8 @@ class SleepLM(nn.Module):
     def evict(self, memory):
         """Hard eviction empties the cache; sliding eviction keeps L - 1 tokens. S stays."""
         keep = 0 if self.cfg.eviction == "hard" else self.cfg.L - 1
-        return Memory(memory.S, [tuple(latest(x, keep) for x in c) for c in memory.cache])
+        S = memory.S if self.cfg.keep_S else [S if S is None else 0 * S for S in memory.S]
+        return Memory(S, [tuple(latest(x, keep) for x in c) for c in memory.cache])
 
     def wake(self, tokens, memory):
         """One pass over the next tokens (B, T) of the present window (Algorithm 1, line 10).
@@ -498,10 +506,12 @@ class SleepLM(nn.Module):
 #   score(tokens, targets, logits)     -> {metric: number, or {case: number}}
 #   chance                      the same metrics of the best constant guess
 #   show(tokens, targets, guess=None)  -> one example as text
+#   model(cfg)                  if it is not to be SleepLM
 
-RUN_FLAGS = ("N_test", "out", "resume", "plot_only", "preset")     # not what a model learns from
+# Flags that do not change what a model learns, and the values where a preset says nothing.
+RUN_FLAGS = ("N_test", "lesion", "experiment", "film", "data", "out", "resume", "plot_only", "preset")
 DEFAULTS = dict(eviction="hard", loop="all", update_rule="gated_delta", conv="as", taps=3, gate=True,
-                N_test=[], cooldown=0.0, seed=[0])
+                N_test=[], warmup=0, cooldown=0.0, seed=[0])
 
 
 def parse(doc, presets, add_task_flags, argv=None):
@@ -518,7 +528,10 @@ def parse(doc, presets, add_task_flags, argv=None):
     add_task_flags(p.add_argument_group("task"))
     f = p.add_argument_group("model and training")
     f.add_argument("--N", type=int, nargs="+", help="passes of a sleep; one model for each value")
+    f.add_argument("--any_N", action="store_true", help="draw N anew for every batch, from 1 to N")
     f.add_argument("--N_test", type=int, nargs="*", help="test the trained models with these N too")
+    f.add_argument("--lesion", action="store_true",
+                   help="test with S = 0 after every eviction too: is S used at all?")
     f.add_argument("--L", type=int, help="window of attention in tokens")
     f.add_argument("--layout", help="one letter a block: a = attention, s = SSM")
     f.add_argument("--d_model", type=int, help="width")
@@ -533,11 +546,15 @@ def parse(doc, presets, add_task_flags, argv=None):
     f.add_argument("--batch_size", type=int, help="sequences a step")
     f.add_argument("--lr_muon", type=float, help="learning rate of the blocks' matrices")
     f.add_argument("--lr_adamw", type=float, help="learning rate of all other parameters")
+    f.add_argument("--warmup", type=int,
+                   help="first steps: attention blocks frozen, hard eviction (Section 6.4)")
     f.add_argument("--cooldown", type=float, help="last share of the steps: rates fall to 0")
     f.add_argument("--eval_every", type=int, help="steps between evaluations and checkpoints")
     f.add_argument("--seed", type=int, nargs="+", help="of weights and data; one model for each")
     f.add_argument("--compile", action=argparse.BooleanOptionalAction,
                    help="fuse a pass with torch.compile; default: on CUDA only")
+    f.add_argument("--recompute", action="store_true", help="save memory: keep no more of a pass than "
+                   "h and S, and repeat it for the gradient (activation checkpointing)")
     p.add_argument("--out", type=Path, help="folder for results; default: a new out/TASK-PRESET")
     p.add_argument("--resume", action="store_true", help="go on where the runs in --out stopped")
     p.add_argument("--plot_only", action="store_true", help="draw the plot of --out again")
@@ -553,6 +570,13 @@ def parse(doc, presets, add_task_flags, argv=None):
     args.preset, args.device = preset, device
     args.N, args.seed = list(dict.fromkeys(args.N)), list(dict.fromkeys(args.seed))
     return p, args
+
+
+def config(task, settings):
+    """The Config of a model for a task."""
+    return Config(task.vocab_size, task.T, **{k: settings[k] for k in (
+        "L", "N", "layout", "d_model", "n_head", "eviction", "loop", "update_rule", "conv", "taps",
+        "gate")})
 
 
 def pick_device(name):
@@ -602,6 +626,34 @@ def write(path, save):
     os.replace(temporary, path)
 
 
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon with all matrices of one shape in one batch: far fewer kernels to launch."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), batch in shapes.items():
+                grads, momentum = [p.grad for p in batch], group["momentum"]
+                averages = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                            for p in batch]
+                torch._foreach_lerp_(averages, grads, 1 - momentum)
+                G = torch.stack(torch._foreach_lerp(grads, averages, momentum)).bfloat16()
+                X = G.mT if rows > columns else G                              # (n, short, long)
+                X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+                a, b, c = group["ns_coefficients"]
+                for _ in range(group["ns_steps"]):                             # Newton-Schulz
+                    A = X @ X.mT
+                    X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+                X = X.mT if rows > columns else X
+                torch._foreach_mul_(batch, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(batch, [x.to(p.dtype) for x, p in zip(X, batch)],
+                                    alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+
+
 def make_optimizers(model, lr_muon, lr_adamw):
     """Muon for the matrices of the blocks, AdamW for all else (Section 6.1).
 
@@ -609,17 +661,82 @@ def make_optimizers(model, lr_muon, lr_adamw):
     """
     matrices = [m.weight for m in model.blocks.modules() if isinstance(m, nn.Linear)]
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    return (torch.optim.Muon(matrices, lr=lr_muon, weight_decay=0.0),
-            torch.optim.AdamW(rest, lr=lr_adamw, weight_decay=0.0))
+    return (Muon(matrices, lr=lr_muon, weight_decay=0.0),
+            torch.optim.AdamW(rest, lr=lr_adamw, weight_decay=0.0,
+                              fused=rest[0].is_cuda))
+
+
+def fuse(model, compile, recompute_passes):
+    """Compile the pass, wrap it in activation checkpointing, and return f(tokens, targets) -> loss.
+
+    Calling f leaves the gradients in p.grad. On CUDA a compiled model's kernels are recorded once for
+    each shape of batch and replayed as one CUDA graph: none of them waits for Python.
+    """
+    if compile:
+        torch._dynamo.config.recompile_limit = 64      # one graph for each shape and kind of batch
+        model.one_pass = torch.compile(model.one_pass, fullgraph=True, dynamic=False)
+    if recompute_passes:
+        model.one_pass = partial(recompute, model.one_pass, use_reentrant=False,
+                                 preserve_rng_state=False)                     # nothing is random
+    graphs = {}
+
+    def eager(tokens, targets):
+        model.zero_grad()
+        loss = model(tokens, targets)[1]
+        loss.backward()
+        return loss.detach()
+
+    def replayed(tokens, targets):
+        key = tokens.shape, targets.shape, model.cfg.eviction, model.cfg.N
+        if key not in graphs:
+            inputs = tokens.clone(), targets.clone()
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):                     # compile, and settle all libraries
+                    eager(*inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            model.zero_grad()                          # so that the graph makes gradients of its own
+            graph, pool = torch.cuda.CUDAGraph(), next((g.pool() for g, *_ in graphs.values()), None)
+            with torch.cuda.graph(graph, pool=pool):
+                loss = eager(*inputs)
+            graphs[key] = graph, inputs, loss, [p.grad for p in model.parameters()]
+        graph, inputs, loss, grads = graphs[key]
+        for old, new in zip(inputs, (tokens, targets)):
+            old.copy_(new)
+        graph.replay()
+        for p, grad in zip(model.parameters(), grads):
+            p.grad = grad
+        return loss
+
+    return replayed if compile and model.head.weight.is_cuda else eager
 
 
 @torch.no_grad()
-def evaluate(model, task, tokens, targets, N=None):
-    """Metrics and likeliest answers, from one teacher-forced forward pass; N: passes of a sleep."""
-    trained, model.cfg.N = model.cfg.N, N or model.cfg.N
-    logits = torch.cat([model(x, y)[0] for x, y in zip(tokens.split(512), targets.split(512))])
-    model.cfg.N = trained
-    return task.score(tokens, targets, logits), logits.argmax(-1)
+def evaluate(model, task, batch, **change):
+    """Metrics and likeliest answers, from one teacher-forced forward pass.
+
+    change: fields of Config that differ for this test, N = 4 or keep_S = False.
+    """
+    tokens, targets, *facts = batch
+    rows = max(1, 2 ** 17 // tokens.shape[1])                                  # at a time
+    cfg, model.cfg = model.cfg, replace(model.cfg, **change)
+    logits = torch.cat([model(x, y)[0] for x, y in zip(tokens.split(rows), targets.split(rows))])
+    model.cfg = cfg
+    return task.score(tokens, targets, logits, *facts), logits.argmax(-1)
+
+
+def peak_memory(device):
+    """Bytes at the most: of tensors on CUDA (since the last reset), else of the process so far."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if device == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource                    # not on Windows
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def number(value):
@@ -637,7 +754,31 @@ class Stopped(Exception):
     """Training ended early, for the reason given; all that is worth keeping is on disk."""
 
 
-def train(task, cfg, settings, out, report, resume=False, N_test=()):
+def timed(f, device, seconds):
+    """Milliseconds of f(): median and interquartile range, warm and synchronised."""
+    call = (lambda: (f(), torch.mps.synchronize())) if device == "mps" else f      # Timer waits for CUDA
+    timer = Timer("f()", globals=dict(f=call), num_threads=torch.get_num_threads())
+    once = timer.timeit(2).median
+    m = timer.blocked_autorange(min_run_time=max(seconds, 5 * once))
+    return 1e3 * m.median, 1e3 * m.iqr
+
+
+def costs(build, cfg, tokens, targets, device):
+    """Of build(cfg): parameters, FLOP of a training step, milliseconds to answer one token.
+
+    Matrix products only; a backward pass is counted as two forward passes.
+    """
+    model = build(cfg).to(device)
+    token, memory = torch.zeros(1, 1, dtype=torch.long, device=device), model.empty_memory(1)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as count:
+            model(tokens[:1], targets[:1])
+        wake, _ = timed(lambda: model.wake(token, memory), device, 0.2)
+    return dict(parameters=sum(p.numel() for p in model.parameters()),
+                flop=3 * count.get_total_flops() * len(tokens), wake_ms=wake)
+
+
+def train(task, cfg, settings, out, report, resume=False, N_test=(), lesion=False):
     """Train one model. Every `eval_every` steps: evaluate, save a checkpoint, report(run).
 
     Returns the model and its run, a dict (see README, results.json). Raises Stopped after Ctrl-C
@@ -647,23 +788,26 @@ def train(task, cfg, settings, out, report, resume=False, N_test=()):
     path = checkpoint(out, settings)
     saved = load_checkpoint(path, settings) if resume and path.exists() else None
     torch.manual_seed(settings["seed"])
-    model = SleepLM(cfg).to(device)
+    build = getattr(task, "model", SleepLM)
+    model = build(cfg).to(device)
     model.bf16 = device == "cuda"
-    if settings["compile"]:
-        torch._dynamo.config.recompile_limit = 64      # one graph for each shape and kind of batch
-        model.one_pass = torch.compile(model.one_pass, fullgraph=True, dynamic=False)
+    gradients = fuse(model, settings["compile"], settings["recompute"])
     rates = settings["lr_muon"], settings["lr_adamw"]
     optimizers = make_optimizers(model, *rates)
     run = dict(task=task.name, N=cfg.N, seed=settings["seed"], steps=0, tokens=0, seconds=0.0,
-               chance=task.chance, curve=[], parameters=sum(p.numel() for p in model.parameters()),
-               settings=settings, torch=str(torch.__version__), device=torch.cuda.get_device_name()
-               if device == "cuda" else f"{device}, {torch.get_num_threads()} threads")
+               peak_memory=0, chance=task.chance, curve=[], settings=settings,
+               torch=str(torch.__version__), device=torch.cuda.get_device_name() if device == "cuda"
+               else f"{device}, {torch.get_num_threads()} threads")
     total, since = 0.0, 0                  # training loss, summed since the last evaluation
+    largest = torch.zeros((), device=device)           # gradient norm since then
+    seen = 0                               # tokens since the last report
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     if saved:
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        run, total, since = saved["run"], saved["total"], saved["since"]
+        run, total, since, largest = (saved[k] for k in ("run", "total", "since", "largest"))
 
     interrupted = []
 
@@ -679,13 +823,20 @@ def train(task, cfg, settings, out, report, resume=False, N_test=()):
             falling = min(1.0, (steps - step) / max(1.0, settings["cooldown"] * steps))
             for optimizer, rate in zip(optimizers, rates):
                 optimizer.param_groups[0]["lr"] = rate * falling
-            tokens, targets = task.make_batch(step)
-            _, loss = model(tokens, targets)
-            loss.backward()
+            # Section 6.4: SSM blocks stay unused if attention learns to do without: they go first.
+            warming = step < settings["warmup"]
+            model.cfg.eviction = "hard" if warming else settings["eviction"]
+            if settings["any_N"]:
+                model.cfg.N = random.Random(step).randint(1, settings["N"])
+            for block in model.blocks:
+                block.requires_grad_(block.kind == "s" or not warming)
+            tokens, targets, *_ = task.make_batch(step)
+            total += gradients(tokens, targets)
+            largest = largest.maximum(nn.utils.get_total_norm(
+                [p.grad for p in model.parameters() if p.grad is not None]))
             for optimizer in optimizers:
                 optimizer.step()
-                optimizer.zero_grad()
-            total += loss.detach()
+            seen += tokens.numel()
             bar.update()
 
             done = step + 1
@@ -697,19 +848,22 @@ def train(task, cfg, settings, out, report, resume=False, N_test=()):
                 kept = f"{path} keeps step {run['steps']}" if path.exists() else "nothing was saved yet"
                 raise Stopped(f"{name}: the loss or a weight is not finite after step {done}; {kept}. "
                               "Try smaller learning rates.")
-            run.update(steps=done, tokens=done * tokens.numel(), seconds=round(time.time() - start, 1))
+            run.update(steps=done, tokens=run["tokens"] + seen, seconds=round(time.time() - start, 1),
+                       peak_memory=max(run["peak_memory"], peak_memory(device)))
+            seen = 0
             if evaluating:
-                metrics, _ = evaluate(model, task, *task.test)
-                fresh, _ = evaluate(model, task, *task.make_batch(done))       # not yet trained on
+                metrics, _ = evaluate(model, task, task.test, N=settings["N"])
+                fresh, _ = evaluate(model, task, task.make_batch(done), N=settings["N"])   # not seen yet
                 run.update(metrics, seconds=round(time.time() - start, 1))
                 run["curve"].append(dict(step=done, tokens=run["tokens"], seconds=run["seconds"],
-                                         train_loss=mean, train=fresh, **metrics))
-                total, since = 0.0, done
+                                         train_loss=mean, grad_norm=largest.item(), train=fresh,
+                                         **metrics))
+                total, since, largest = 0.0, done, torch.zeros_like(largest)
                 tqdm.write(f"{name} | step {done} | {run['tokens'] / 1e6:.2f}M tokens | train loss "
                            f"{mean:.3f} | {line(metrics)} | {run['seconds']:.0f} s")
             write(path, lambda p: torch.save(dict(
                 model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
-                run=run, total=float(total), since=since), p))
+                run=run, total=float(total), since=since, largest=largest), p))
             report(run)
             if interrupted:
                 raise Stopped(f"{name}: stopped after step {done} of {steps}, which is saved. To go "
@@ -717,7 +871,11 @@ def train(task, cfg, settings, out, report, resume=False, N_test=()):
     finally:
         bar.close()
         signal.signal(signal.SIGINT, previous)
-    run["N_test"] = {str(n): evaluate(model, task, *task.test, n)[0] for n in N_test}
+    model.cfg.N = settings["N"]
+    run |= costs(build, model.cfg, *task.make_batch(0)[:2], device)
+    run["N_test"] = {str(n): evaluate(model, task, task.test, N=n)[0] for n in N_test}
+    if lesion:
+        run["lesion"] = evaluate(model, task, task.test, keep_S=False)[0]
     report(run)
     return model, run
 
@@ -811,6 +969,9 @@ def main(doc, presets, add_task_flags, Task, argv=None):
         for flag in ("steps", "batch_size", "eval_every", "lr_muon", "lr_adamw"):
             if not getattr(args, flag) > 0:
                 raise ValueError(f"--{flag} must be more than 0, not {getattr(args, flag)}.")
+        if not 0 <= args.warmup < args.steps:
+            raise ValueError(f"--warmup {args.warmup} must be fewer steps than the {args.steps} of "
+                             "--steps, and not negative.")
         if min(args.N_test, default=1) < 1:
             raise ValueError(f"--N_test must be integers >= 1, not {args.N_test}.")
         if not (0 <= min(args.seed) and max(args.seed) <= 10 ** 6 and 0 <= args.cooldown <= 1):
@@ -821,9 +982,7 @@ def main(doc, presets, add_task_flags, Task, argv=None):
             for N in args.N:
                 settings = {k: v for k, v in vars(args).items() if k not in RUN_FLAGS}
                 settings.update(N=N, seed=seed)
-                cfg = Config(task.vocab_size, task.T, **{k: settings[k] for k in (
-                    "L", "N", "layout", "d_model", "n_head", "eviction", "loop", "update_rule", "conv",
-                    "taps", "gate")})
+                cfg = config(task, settings)
                 plans.append((task, cfg, settings))
                 path = checkpoint(out, settings)
                 if args.resume and path.exists():
@@ -848,13 +1007,14 @@ def main(doc, presets, add_task_flags, Task, argv=None):
         f"{k} {v}" for k, v in sorted(vars(args).items())))
     print(f"{sum(p.numel() for p in SleepLM(plans[0][1]).parameters()):,} parameters | best constant "
           f"guess: {line(task.chance)} | results go to {out}")
-    tokens, targets = task.test
+    tokens, targets, *_ = task.test
     print("one example:", task.show(tokens[0], targets[0]), sep="\n")
 
     def report(run):
         for old in [r for r in runs if (r["N"], r["seed"]) == (run["N"], run["seed"])]:
-            if old["steps"] == run["steps"]:
+            if old["steps"] == run["steps"]:                   # what it was tested with before
                 run["N_test"] = old.get("N_test", {}) | run.get("N_test", {})
+                run |= {"lesion": old["lesion"]} if "lesion" in old and "lesion" not in run else {}
             runs.remove(old)
         runs.append(run)
         write(results, lambda p: p.write_text(json.dumps({"runs": runs}, indent=1)))
@@ -862,7 +1022,7 @@ def main(doc, presets, add_task_flags, Task, argv=None):
     done = []
     try:
         for task, cfg, settings in plans:
-            model, run = train(task, cfg, settings, out, report, args.resume, args.N_test)
+            model, run = train(task, cfg, settings, out, report, args.resume, args.N_test, args.lesion)
             done.append(run)
             plot(runs, out / "plot.png", Task.cases)
     except Stopped as e:
@@ -872,16 +1032,252 @@ def main(doc, presets, add_task_flags, Task, argv=None):
     for r in done:
         for n, metrics in r["N_test"].items():
             print(f"trained with N = {r['N']}, seed {r['seed']}; tested with N = {n}: {line(metrics)}")
-    _, answers = evaluate(model, task, tokens, targets)
+        if args.lesion:
+            print(f"trained with N = {r['N']}, seed {r['seed']}; tested with S = 0: {line(r['lesion'])}")
+    _, answers = evaluate(model, task, task.test)
     wrong = ((answers != targets) & (targets >= 0)).any(1).nonzero().flatten().tolist()
     print(f"N = {cfg.N}, seed {settings['seed']} is wrong in {len(wrong)} of {len(tokens)} sequences:")
     for i in wrong[:3]:
         print(task.show(tokens[i], targets[i], answers[i]))
     metrics = list(task.chance)
-    print("| N | seed | steps | tokens | seconds |", *(f"{m} (guess) |" for m in metrics))
-    print("|---" * (5 + len(metrics)) + "|")
+    print("| N | seed | parameters | steps | tokens | TFLOP | seconds | peak GB | ms to answer |",
+          *(f"{m} (guess) |" for m in metrics))
+    print("|---" * (9 + len(metrics)) + "|")
     for r in done:
-        print(f"| {r['N']} | {r['seed']} | {r['steps']} | {r['tokens'] / 1e6:.1f}M | "
-              f"{r['seconds']:.0f} |",
+        print(f"| {r['N']} | {r['seed']} | {r['parameters']:,} | {r['steps']} | {r['tokens'] / 1e6:.1f}M | "
+              f"{r['flop'] * r['steps'] / 1e12:.1f} | {r['seconds']:.0f} | {r['peak_memory'] / 1e9:.2f} | "
+              f"{r['wake_ms']:.2f} |",
               *(f"{number(r[m])} ({number(r['chance'][m])}) |" for m in metrics))
     print(f"saved: {results}, {out / 'plot.png'}")
+
+
+# ------------------------------------------------------------------------------------------------
+# The benchmark: python sleep.py
+
+def ms(t):
+    return f"{t[0]:9.3f} ms (+-{t[1]:.3f})"
+
+
+def bench_rule(device, quick, compile, seconds):
+    """Time and error of every form of the rule: forward, and forward and backward.
+
+    Keys repeat (4 of them, the hard case, see unit_lower_inverse); q, k, v are bfloat16 numbers, as
+    the matrix products of a block make them on a GPU. The error is the largest relative distance of
+    o, S and the six gradients from the recurrent rule in float64.
+    """
+    shapes = [(512, 4, 24, 64), (128, 8, 75, 64), (8, 8, 2048, 64), (4, 8, 4096, 64)]
+    if device != "cuda":
+        shapes = [(32, 4, 24, 64), (8, 4, 75, 64), (2, 8, 2048, 64)]
+    rules = {"recurrent": gated_delta_rule, "chunked": gated_delta_rule_chunked}
+    if compile:
+        rules["chunked, compiled"] = torch.compile(gated_delta_rule_chunked, dynamic=False)
+    try:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule        # wants (B, T, H, K)
+
+        def fla(q, k, v, log_alpha, beta, S):
+            q, k, v = (x.transpose(1, 2).bfloat16() for x in (q, k, v))
+            o, S = chunk_gated_delta_rule(q, k, v, log_alpha.mT, beta.mT, scale=1.0,
+                                          initial_state=S.mT, output_final_state=True)
+            return o.transpose(1, 2), S.mT
+        if device == "cuda":
+            rules["fla's Triton kernel"] = fla
+    except ImportError:
+        pass
+    rows = []
+    for B, H, T, K in shapes[:2] if quick else shapes:
+        g = torch.Generator(device).manual_seed(0)
+        rand = lambda *shape: torch.randn(*shape, generator=g, device=device)
+        which = torch.randint(4, (B, H, T, 1), generator=g, device=device).expand(B, H, T, K)
+        k = F.normalize(rand(B, H, 4, K), dim=-1).gather(2, which)
+        q, k, v = (x.bfloat16().float() for x in (F.normalize(rand(B, H, T, K), dim=-1), k,
+                                                  rand(B, H, T, K)))
+        inputs = [q, k, v, -0.05 * rand(B, H, T).exp(), (2 + rand(B, H, T)).sigmoid(), rand(B, H, K, K)]
+        weights = rand(B, H, T, K), rand(B, H, K, K)
+
+        def forward(rule):
+            with torch.no_grad():
+                return rule(*inputs)
+
+        def both(rule, *cast):
+            leaves = [x.to(*cast).requires_grad_() if cast else x.detach().requires_grad_()
+                      for x in inputs]
+            results = rule(*leaves)
+            loss = sum((x * w.to(x)).sum() for x, w in zip(results, weights))
+            return [*results, *torch.autograd.grad(loss, leaves)]
+
+        exact = both(gated_delta_rule, "cpu" if device == "mps" else device, torch.float64)
+        for name, rule in rules.items():
+            row = dict(shape=[B, H, T, K], rule=name)
+            try:
+                row["error"] = max(((x.to(y) - y).norm() / y.norm()).item()
+                                   for x, y in zip(both(rule), exact))
+                row["forward"] = timed(lambda: forward(rule), device, seconds)
+                row["both"] = timed(lambda: both(rule), device, seconds)
+            except Exception as e:         # a kernel that refuses this GPU, or needs more memory
+                row["failed"] = f"{type(e).__name__}: {str(e).splitlines()[0][:80]}"
+            rows.append(row)
+            print(f"  {str((B, H, T, K)):18} {name:20}", row.get("failed") or
+                  f"forward {ms(row['forward'])}, with backward {ms(row['both'])}, "
+                  f"error {row['error']:.0e}", flush=True)
+    return rows
+
+
+def bench_model(device, compile, T, B, **settings):
+    """A model, f() = one training step on random tokens, four of them predicted, and its batch."""
+    torch.manual_seed(0)
+    model = SleepLM(Config(vocab_size=3, T=T, **settings)).to(device)
+    model.bf16 = device == "cuda"
+    gradients, optimizers = fuse(model, compile, False), make_optimizers(model, 1e-3, 1e-3)
+    tokens, targets = (torch.randint(3, (B, n), device=device) for n in (T, 4))
+
+    def step():
+        gradients(tokens, targets)
+        for optimizer in optimizers:
+            optimizer.step()
+    return model, step, tokens, targets
+
+
+def bench_N(device, quick, compile, seconds):
+    """A training step of Section 6.1 (on a CPU: of the cpu preset of train_ca.py) against N."""
+    size = dict(T=100, B=512, L=24, layout="asas", d_model=256, n_head=4)
+    if device != "cuda":
+        size = dict(T=34, B=16 if quick else 256, L=16, layout="as", d_model=64, n_head=2, taps=4)
+    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    ceiling = 2 * n ** 3 / timed(lambda: a @ b, device, seconds)[0]            # FLOP per ms
+    print(f"  {ceiling / 1e9:.2f} TFLOP/s in a matrix product of {n} x {n}, {dtype}: the floor's rate")
+    rows = []
+    for N in (1, 2) if quick else (1, 2, 4, 8):
+        model, step, tokens, targets = bench_model(device, compile, N=N, **size)
+        work = costs(SleepLM, model.cfg, tokens, targets, device)["flop"]
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        t = timed(step, device, seconds)
+        rows.append(dict(N=N, step=t, tokens_per_s=1e3 * size["B"] * size["T"] / t[0],
+                         ratio=t[0] / rows[0]["step"][0] if rows else 1.0, flop=work,
+                         floor=work / ceiling / t[0], peak=peak_memory(device)))
+        r = rows[-1]
+        print(f"  N = {N}: {ms(t)}, {r['tokens_per_s']:,.0f} tokens/s, {r['ratio']:.2f} x N = 1, "
+              f"{100 * r['floor']:.0f} % of the matrix products' rate, peak {r['peak'] / 1e9:.2f} GB",
+              flush=True)
+    return rows
+
+
+def bench_L(device, quick, compile, seconds):
+    """Figure 6: training tokens per second against the window at a fixed length T, and against N.
+
+    L = T is the fully parallel model: one window, all T tokens at once, attention to all of them.
+    """
+    size = dict(T=12000, B=4, layout="as", d_model=512, n_head=8)
+    windows = [512, 1000, 2000, 4000, 12000]
+    if device != "cuda":
+        size, windows = dict(T=1024, B=1 if quick else 4, layout="as", d_model=64, n_head=2), [
+            32, 64, 128, 256, 1024]
+    rows = []
+    for L in windows[1:-1:2] if quick else windows:
+        for N in (1,) if L == size["T"] else (1, 2) if quick else (1, 2, 4):
+            _, step, *_ = bench_model(device, compile, N=N, L=L, **size)
+            t = timed(step, device, seconds)
+            rows.append(dict(L=L, N=N, step=t, tokens_per_s=1e3 * size["B"] * size["T"] / t[0]))
+            print(f"  T = {size['T']}, L = {L:5}, N = {N}: {rows[-1]['tokens_per_s']:12,.0f} tokens/s, "
+                  f"{ms(t)}", flush=True)
+    return rows
+
+
+def bench_wake(device, quick, compile, seconds):
+    """One stream: time of an answered token, of a sleep, and bytes of what is remembered."""
+    size = dict(T=12000, L=512, layout="asas", d_model=512, n_head=8)
+    if device != "cuda":
+        size = dict(T=1024, L=64, layout="as", d_model=64, n_head=2)
+    rows = []
+    for N in (1, 2) if quick else (1, 2, 4, 8):
+        torch.manual_seed(0)
+        model = SleepLM(Config(vocab_size=3, N=N, **size)).to(device)
+        window = torch.randint(3, (1, size["L"]), device=device)
+        with torch.no_grad():
+            h, empty = model.embed(window), model.empty_memory(1)
+            slept = model.sleep(h, empty)
+            _, full = model.wake(window[:, 1:], slept)         # a cache of L - 1 tokens
+            wake = timed(lambda: model.wake(window[:, :1], full), device, seconds)
+            sleep = timed(lambda: model.sleep(h, empty), device, seconds)
+        bytes_S = sum(S.nbytes for S in full.S if S is not None)
+        bytes_cache = sum(x.nbytes for c in full.cache for x in c[1:]) * size["L"] // (size["L"] - 1)
+        rows.append(dict(N=N, wake=wake, sleep=sleep, bytes_S=bytes_S, bytes_cache=bytes_cache,
+                         bytes_full_attention=bytes_cache * size["T"] // size["L"]))
+        print(f"  N = {N}: a token {ms(wake)}, a sleep {ms(sleep)}", flush=True)
+    print(f"  bytes: S {bytes_S:,}, cache of a full window {bytes_cache:,}, of all {size['T']:,} tokens "
+          f"{rows[-1]['bytes_full_attention']:,}")
+    return rows
+
+
+def benchmark(argv=None):
+    """Measure the rule, a training step, Figure 6, and waking; print, save and plot it."""
+    p = argparse.ArgumentParser(description=benchmark.__doc__, allow_abbrev=False)
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    p.add_argument("--quick", action="store_true", help="fewer cases, shorter: does it run?")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA only")
+    p.add_argument("--out", type=Path, help="folder for results; default: a new out/benchmark-DEVICE")
+    args = p.parse_args(argv)
+    try:
+        device = args.preset = pick_device(args.device)
+        args.resume = args.plot_only = False
+        out = pick_out(args, "benchmark")
+        out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as e:
+        p.exit(2, f"{p.prog}: {e}\n")
+    compile = device == "cuda" if args.compile is None else args.compile and can_compile(device)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")                             # TF32
+    print(f"{name}, torch {torch.__version__}, {'compiled' if compile else 'eager'}; medians and "
+          "interquartile ranges")
+    results, settings = dict(device=name, torch=str(torch.__version__), compile=compile), (
+        device, args.quick, compile, 0.2 if args.quick else 1.0)
+    for title, bench in (("the rule (B, H, T, K)", bench_rule), ("a training step against N", bench_N),
+                         ("Figure 6: tokens per second", bench_L), ("waking and sleeping", bench_wake)):
+        print(title)
+        results[bench.__name__] = bench(*settings)
+        write(out / "results.json", lambda p: p.write_text(json.dumps(results, indent=1)))
+    plot_benchmark(results, out / "plot.png")
+    print(f"saved: {out / 'results.json'}, {out / 'plot.png'}")
+
+
+def plot_benchmark(results, path):
+    """Four panels, one a part of the benchmark."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 4, figsize=(18, 4), layout="constrained")
+    rule = [r for r in results["bench_rule"] if "both" in r]
+    shapes = list(dict.fromkeys(str(r["shape"]) for r in rule))
+    names = list(dict.fromkeys(r["rule"] for r in rule))
+    for i, name in enumerate(names):
+        rows = [r for r in rule if r["rule"] == name]
+        axes[0].bar([shapes.index(str(r["shape"])) + 0.8 * i / len(names) for r in rows],
+                    [r["both"][0] for r in rows], 0.8 / len(names), label=name)
+    axes[0].set(yscale="log", xlabel="B, H, T, K", ylabel="ms, forward and backward",
+                title="the rule", xticks=range(len(shapes)), xticklabels=shapes)
+    N = [r["N"] for r in results["bench_N"]]
+    axes[1].errorbar(N, [r["step"][0] for r in results["bench_N"]],
+                     [r["step"][1] for r in results["bench_N"]], marker="o", label="measured")
+    axes[1].plot(N, [n * results["bench_N"][0]["step"][0] for n in N], "k--", label="N times N = 1")
+    axes[1].set(xlabel="N", ylabel="ms", title="a training step")
+    for n in sorted({r["N"] for r in results["bench_L"]}):
+        rows = [r for r in results["bench_L"] if r["N"] == n]
+        axes[2].plot([r["L"] for r in rows], [r["tokens_per_s"] for r in rows], "o-", label=f"N = {n}")
+    axes[2].set(xscale="log", yscale="log", xlabel="L", ylabel="training tokens per second",
+                title="Figure 6")
+    for what, label in (("wake", "a token, awake"), ("sleep", "a sleep")):
+        axes[3].plot([r["N"] for r in results["bench_wake"]],
+                     [r[what][0] for r in results["bench_wake"]], "o-", label=label)
+    axes[3].set(yscale="log", xlabel="N", ylabel="ms", title="one stream")
+    for ax in axes:
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7)
+    fig.suptitle(f"{results['device']}, torch {results['torch']}", fontsize=10)
+    write(path, lambda p: fig.savefig(p, format="png", dpi=120))
+    plt.close(fig)
+
+
+if __name__ == "__main__":
+    benchmark()

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import shlex
 import signal
@@ -16,7 +17,12 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
+from dataclasses import replace
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +30,12 @@ from torch._dynamo.testing import CompileCounter
 
 import sleep
 import train_ca
+import train_gsm
 import train_khop
 from sleep import Config, Memory, SleepLM
 
 HERE = Path(__file__).parent
-TASKS = {"train_ca": "Tapes", "train_khop": "Cycles"}
+TASKS = {"train_ca": "Tapes", "train_khop": "Cycles", "train_gsm": "Problems"}
 EVICTIONS = ("hard", "sliding")
 
 
@@ -63,14 +70,14 @@ def script(module, command):
     return status, out.getvalue(), err.getvalue()
 
 
-def tiny(**kw):
+def tiny(build=SleepLM, **kw):
     """A small model in float64 with every weight random, so that nothing is hidden by a zero."""
     cfg = dict(vocab_size=7, T=20, L=5, N=2, layout="asas", d_model=16, n_head=2)
     cfg.update(kw)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     try:
-        model = SleepLM(Config(**cfg))
+        model = build(Config(**cfg))
     finally:
         torch.set_default_dtype(torch.float32)
     torch.nn.init.normal_(model.head.weight)
@@ -394,6 +401,33 @@ def test_the_loss_is_the_cross_entropy_of_the_targets_that_count():
     close(loss, -torch.stack(picked).mean(), 1e-6)
 
 
+def test_a_lesion_empties_S_and_leaves_sliding_attention_alone():
+    hard, sliding = tiny(keep_S=False), tiny(keep_S=False, eviction="sliding")
+    a, b = answers_for_two_contexts(hard, lambda m: m)
+    assert torch.equal(a, b)
+    a, b = answers_for_two_contexts(sliding, lambda m: m)
+    assert (a - b).abs().max() > 1e-3
+    memory = sliding.sleep(sliding.embed(random_tokens(T=5)), sliding.empty_memory(3))
+    assert all(S is None or not S.any() for S in memory.S)
+
+
+def test_recomputed_passes_have_the_same_gradients_and_keep_less():
+    for eviction in EVICTIONS:
+        results = []
+        for wrap in (lambda f: f, lambda f: partial(sleep.recompute, f, use_reentrant=False)):
+            model, tokens, kept = tiny(N=3, eviction=eviction), random_tokens(T=42), []
+            model.one_pass = wrap(model.one_pass)
+            with torch.autograd.graph.saved_tensors_hooks(
+                    lambda x: kept.append(x.numel()) or x, lambda x: x):
+                _, loss = model(tokens, targets_for(tokens, 2))
+            loss.backward()
+            results.append((loss, [p.grad for p in model.parameters()], sum(kept)))
+        (a, grads_a, kept_a), (b, grads_b, kept_b) = results
+        assert torch.equal(a, b) and kept_b < 0.1 * kept_a, (kept_a, kept_b)
+        for x, y in zip(grads_a, grads_b):
+            close(y, x, 1e-12)
+
+
 def test_memory_is_a_value_and_calls_do_not_change_it():
     model, tokens = tiny(), random_tokens(T=5)
     _, memory = model.wake(tokens[:, :3], model.empty_memory(3))
@@ -591,6 +625,89 @@ def test_the_paper_preset_is_section_6_1():
     assert 4e9 <= p["steps"] * 512 * 100 <= 5e9 and p["conv"] == "s"
 
 
+def test_an_experiment_that_changes_nothing_is_algorithm_1():
+    tokens, targets = random_tokens(T=13), targets_for(random_tokens(), 3)
+    results = {}
+    for change in (dict(), dict(carry="h"), dict(carry="S"), dict(think=2), dict(detach=1)):
+        change = dict(carry="hS", think=1, detach=0) | change
+        experiment = tiny(partial(train_ca.Experiment, **change), N=3)
+        logits, loss = experiment(tokens, targets)
+        loss.backward()
+        results[str(change)] = logits.detach(), experiment.blocks[0].mixer.q.weight.grad
+    same, *others = results.values()
+    model = tiny(N=3)
+    logits, loss = model(tokens, targets)
+    loss.backward()
+    close(same[0], logits, 1e-12)
+    close(same[1], model.blocks[0].mixer.q.weight.grad, 1e-10)
+    *others, detached = others
+    assert all((x - logits).abs().max() > 1e-3 for x, _ in others)
+    close(detached[0], logits, 1e-12)                  # the same numbers, other gradients
+    assert (detached[1] - same[1]).norm() > 1e-3 * same[1].norm()
+
+
+def test_carrying_S_without_h_is_a_replay_of_fixed_keys_and_values():
+    model = tiny(partial(train_ca.Experiment, carry="S", think=1, detach=0), layout="as", N=3)
+    tokens = random_tokens(T=5)
+    calls, rule = [], sleep.gated_delta_rule_chunked
+    try:
+        sleep.gated_delta_rule_chunked = lambda *args: calls.append(args) or rule(*args)
+        slept = model.sleep(model.embed(tokens), model.empty_memory(3))
+    finally:
+        sleep.gated_delta_rule_chunked = rule
+    S = torch.zeros_like(calls[0][5])
+    for _ in range(3):
+        _, S = sleep.gated_delta_rule(*calls[0][:5], S)        # the first pass's k and v, three times
+    close(slept.S[1], S, 1e-10)
+
+
+def test_thinking_longer_in_the_answer_window_does_not_see_the_labels():
+    model = tiny(partial(train_ca.Experiment, carry="hS", think=3, detach=0), N=1)
+    tokens = random_tokens(T=14)
+    before = model(tokens, targets_for(tokens, 4))[0]
+    tokens[:, 12] = (tokens[:, 12] + 1) % 7
+    after = model(tokens, targets_for(tokens, 4))[0]
+    assert torch.equal(before[:, :2], after[:, :2]) and (before[:, 2] - after[:, 2]).abs().max() > 1e-6
+
+
+def test_every_condition_of_every_experiment_is_a_command_that_parses():
+    for conditions in train_ca.EXPERIMENTS.values():
+        for flags in conditions:
+            task = tapes(flags)
+            _, args = sleep.parse("", train_ca.PRESETS, train_ca.add_flags,
+                                  shlex.split(f"--preset cpu --device cpu {flags}"))
+            sleep.config(task, vars(args) | dict(N=args.N[0]))
+
+
+def test_the_probe_of_the_film_reads_what_is_linear_and_no_more():
+    g = torch.Generator().manual_seed(0)
+    bits = torch.randint(2, (3000, 100), generator=g).double()
+    x, wide = 2 * bits - 1, torch.randn(100, 150, generator=g, dtype=torch.float64)
+    labels = torch.stack([x[:, 3], (x[:, 0] + x[:, 1] + x[:, 2]).sign(), x[:, 0] * x[:, 1]], 1)
+    read = train_ca.probe(x[:2000] @ wide, labels[:2000], x[2000:] @ wide, labels[2000:])
+    assert read[0] > 0.99 and read[1] > 0.9 and read[2] < 0.15         # a cell, a majority; not XOR
+    control = train_ca.probe(x[:2000] @ wide, labels[torch.randperm(2000, generator=g)],
+                             x[2000:] @ wide, labels[2000:])
+    assert control.max() < 0.15
+
+
+def test_the_film_and_the_experiments_draw_what_they_promise():
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        assert script(train_ca, f"{SMALL} --N 2 --out run")[0] == 0
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            train_ca.film("run/N2-seed0.pt")
+            train_ca.experiment("iterated", shlex.split(SMALL))
+        assert "S after pass 2: cell 0 of steps 0..2" in printed.getvalue()
+        runs = json.loads(Path("out/ca-experiments/iterated.json").read_text())["runs"]
+        assert [run["flags"] for run in runs] == train_ca.EXPERIMENTS["iterated"]
+        for image in ("run/N2-seed0-film.png", "out/ca-experiments/iterated.png"):
+            assert Path(image).read_bytes()[:4] == b"\x89PNG"
+        status = subprocess.run([sys.executable, HERE / "train_ca.py", "--film", "run/results.json"],
+                                capture_output=True, text=True)
+        assert status.returncode == 1 and "no checkpoint of train_ca.py" in status.stderr
+
+
 # ------------------------------------------------------------------------------------------------
 # k-hop retrieval
 
@@ -766,6 +883,460 @@ def test_no_cycle_of_the_test_is_ever_trained_on():
 
 
 # ------------------------------------------------------------------------------------------------
+# Word problems
+
+TERSE = "--ops 4 --p 7 --places 8 --animals 3 --no-words --T 48 --L 24"
+
+
+@cache                                                         # worker processes need none
+def problem_folder():
+    return tempfile.TemporaryDirectory()
+
+
+def problems(flags="", preset="gpu", seed=0):
+    _, args = sleep.parse("", train_gsm.PRESETS, train_gsm.add_flags, shlex.split(
+        f"--preset {preset} --device cpu --data {problem_folder().name} {flags}"))
+    return train_gsm.Problems(args, seed)
+
+
+def read(task, tokens):
+    """A row of tokens -> names asked, sentences [name, what is said of it...], phrases; words."""
+    text = (task.text(tokens) + " ").replace(" is ", " ").replace(" in ", "-")
+    questions, rest = text.split(" ? ")
+    body, *phrases = rest.split(" answer ")
+    *sentences, end = body.split(" .")
+    assert not end.strip()
+    return questions.split(), [x.split() for x in sentences], [x.split() for x in phrases]
+
+
+def is_number(said):
+    return len(said) == 1 and said[0].isdigit()
+
+
+def solve(sentences, asked, p, reach=99):
+    """By reading alone: the answer, {needed name: its operations}, the longest chain of reads.
+
+    None if a sentence is missing. What lies more than `reach` reads away counts as 0.
+    """
+    said, cost = {}, {}
+    for name, *rest in sentences:
+        said.setdefault(name, []).append(rest)
+
+    @cache
+    def form(name, reach):
+        """a, b, chain: the name is a x + b, x the unknown number."""
+        if reach == 0:
+            return 0, 0, 0
+        if name.startswith("all-"):
+            members = [x for x in said if x.endswith(name[3:]) and x != name]
+            rest, cost[name] = " plus ".join(members).split(), len(members)
+        else:
+            rest = min(said[name], key=is_number)              # its definition, not its told value
+            cost[name] = 1 if len(rest) == 1 else 2
+        if rest == ["unknown"]:
+            return 1, 0, 1
+        if rest[1:2] == ["times"]:
+            a, b, chain = form(rest[2], reach - 1)
+            return int(rest[0]) * a % p, int(rest[0]) * b % p, chain + 1
+        a = b = chain = 0
+        for word, term in zip(["plus", *rest[1::2]], rest[::2], strict=True):
+            x, y, z = (0, int(term), 0) if term.isdigit() else form(term, reach - 1)
+            sign = {"plus": 1, "minus": -1}[word]
+            a, b, chain = (a + sign * x) % p, (b + sign * y) % p, max(chain, z)
+        return a, b, chain + 1
+
+    try:
+        if ["unknown"] not in said.get(asked, []):
+            a, b, chain = form(asked, reach)
+            return (b, cost, chain) if a == 0 and sum(cost.values()) else None
+        told, value = next((name, int(x[0])) for name, said_of in said.items() for x in said_of
+                           if is_number(x) and (len(said_of) > 1 or name.startswith("all-")))
+        a, b, chain = form(told, reach)
+        return (value - b) * pow(a, -1, p) % p, cost, chain    # ValueError if a is 0
+    except (KeyError, StopIteration, ValueError):
+        return None
+
+
+@cache
+def generated(flags, T, M, preset):
+    """Problems straight from the generator, as they are read, each with what is said to be true."""
+    task, rng = problems(flags, preset), random.Random(0)
+    s = SimpleNamespace(**task.settings)
+
+    def endless():
+        count = 0
+        while True:
+            levels = [1 + count % s.ops] if M == 1 else [
+                op for _ in range(M) for op in rng.sample(range(1, s.ops + 1), s.ops)][:M]
+            problem = train_gsm.make_problem(s, T, levels, rng)
+            if problem:
+                tokens, answers, ops, _ = problem
+                questions, sentences, phrases = read(task, torch.tensor(tokens))
+                assert phrases == [[q, str(a)] for q, a in zip(questions, answers, strict=True)]
+                yield SimpleNamespace(asked=questions, sentences=sentences, answers=answers,
+                                      ops=ops, p=s.p, pad=tokens.count(train_gsm.PAD))
+                count += 1
+    return [], endless()
+
+
+def made(n, flags="", T=256, M=1, preset="gpu"):
+    """The first n of them. Tests share them, so that none is made twice."""
+    known, more = generated(flags, T, M, preset)
+    known.extend(islice(more, max(0, n - len(known))))
+    return known[:n]
+
+
+def one_question(n, **kw):
+    """Problems of one question with its answer, operations and sense (forward, reverse) at hand."""
+    for x in made(n, **kw):
+        yield x, x.sentences, x.asked[0], x.answers[0], abs(x.ops[0]), x.ops[0] < 0
+
+
+def guesses_from_words(x, y, classes):
+    """A linear least-squares guess from a count of words, learned on 3 of 4 rows -> right or wrong
+    on the others."""
+    x = torch.cat([x, torch.ones(len(x), 1)], 1).double()
+    cut = len(x) * 3 // 4
+    gram = x[:cut].T @ x[:cut] + torch.eye(x.shape[1])
+    w = torch.linalg.solve(gram, x[:cut].T @ F.one_hot(y[:cut], classes).double())
+    return (x[cut:] @ w).argmax(1) == y[cut:]
+
+
+def count_words(rows):
+    """Lists of words -> a matrix of counts."""
+    column = {word: i for i, word in enumerate(sorted({word for row in rows for word in row}))}
+    return torch.stack([torch.bincount(torch.tensor([column[word] for word in row]),
+                                       minlength=len(column)) for row in rows])
+
+
+def said_in(sentences):
+    return [word for sentence in sentences for word in (*sentence, ".")]
+
+
+LAYOUTS = (("--ops 3 --questions 7 --T 120 100 --L 50 --problems 64 --tests 90", "gpu"),
+           ("--ops 3 --questions 1 --T 120 --L 50 --problems 40 --tests 90", "gpu"),
+           ("--problems 300 --tests 200", "cpu"),
+           ("--problems 300 --tests 200 --questions 3 --T 48 64 --reverse 0.25", "cpu"))
+
+
+def test_a_word_problem_is_laid_out_as_documented():
+    for flags, preset in LAYOUTS:
+        task, seen = problems(f"--batch_size 32 {flags}", preset), set()
+        levels = task.args.ops
+        name, verb, ask = (r"\w+ in \w+", " is", 5) if task.args.words else (r"\w+-\w+", "", 2)
+        said = rf"(\d+|unknown|{name}|\d+ (plus|times) {name}|{name} (plus|minus) {name})"
+        for step in (None, *range(8)):
+            tokens, targets, ops = task.test if step is None else task.make_batch(step)
+            M = 1 if step is None else task.args.questions
+            T = tokens.shape[1] - M * (ask + 1) + 1            # tokens before the answers
+            seen.add(T)
+            assert step is not None or T == max(task.args.T) and len(tokens) == task.args.tests
+            assert tokens.max() < task.vocab_size and tokens.shape[1] <= task.T
+            assert targets.shape[1] == M * (ask + 1) - 1 and ops.shape == (len(targets), M)
+            place = torch.arange(targets.shape[1]) % (ask + 1) == ask - 1
+            assert torch.equal(targets >= 0, place.expand_as(targets))
+            following, asked = tokens[:, T + 1:], place[:-1]   # said one token before it
+            assert torch.equal(following[:, asked], targets[:, :-1][:, asked])
+            pad = (tokens > 0).int().argmax(1)                 # less than the longest sentence
+            assert pad.max() < (12 if task.args.words else 5)
+            assert torch.equal(tokens == 0, torch.arange(tokens.shape[1]) < pad[:, None])
+            for row, wanted, op in zip(tokens, targets, ops.tolist()):
+                text = task.text(row)
+                assert re.fullmatch(
+                    rf"({name} ){{{M}}}\? ({name}{verb} {said} \. )+"
+                    rf"(answer {name}{verb} \d+ ){{{M - 1}}}answer {name}{verb}", text)
+                questions, _, phrases = read(task, row)
+                assert questions == [phrase[0] for phrase in phrases] and len(set(questions)) == M
+                for i in range(0, M, levels):                  # the operations take turns
+                    turn = [abs(o) for o in op[i:i + levels]]
+                    assert len(set(turn)) == len(turn) and 1 <= min(turn) <= max(turn) <= levels
+                last = " ".join(text.split()[-ask:])
+                assert task.show(row, wanted).endswith(f"  {last} {wanted[-1] - 11}")
+        assert seen == set(task.args.T)
+
+
+def test_a_solver_that_reads_only_the_text_finds_every_answer_and_counts_its_operations():
+    for n, kw in (
+            (2400, {}), (800, dict(T=400)), (200, dict(M=8)), (200, dict(M=3, flags="--no-words")),
+            (2400, dict(flags=TERSE, T=48)), (400, dict(flags=TERSE, T=48, M=8)),
+            (16, dict(preset="paper", T=3200)), (400, dict(flags="--p 5")),
+            (400, dict(flags="--p 7")), (400, dict(flags="--p 23")),
+            (200, dict(flags="--reverse 1", M=2)), (200, dict(flags="--reverse 0 --p 23", M=8))):
+        kinds = Counter()
+        for x in made(n, **kw):
+            assert sum(op < 0 for op in x.ops) <= 1
+            for name, answer, op in zip(x.asked, x.answers, x.ops, strict=True):
+                found, cost, chain = solve(x.sentences, name, x.p)
+                assert found == answer and 0 <= found < x.p
+                assert sum(cost.values()) == abs(op) and chain <= abs(op)
+                assert (op < 0) == ([name, "unknown"] in x.sentences)
+                kinds[op] += 1
+        ops = max(kinds)
+        reverse = set() if "--reverse 0" in kw.get("flags", "") else set(range(-ops, -1))
+        assert n < 100 or set(kinds) >= {*range(2, ops + 1), *reverse} and -1 not in kinds
+        assert sum(kinds.values()) == n * kw.get("M", 1)
+
+
+def test_batches_train_on_the_answers_that_the_solver_finds():
+    for flags, preset in LAYOUTS:
+        task = problems(f"--batch_size 32 {flags}", preset)
+        for batch in (task.test, task.make_batch(0), task.make_batch(1)):
+            for row, wanted, ops in zip(*(x.tolist() for x in batch)):
+                questions, sentences, _ = read(task, torch.tensor(row))
+                solved = [solve(sentences, name, task.args.p) for name in questions]
+                assert [task.text(torch.tensor([t])) for t in wanted if t >= 0] == [
+                    str(answer) for answer, *_ in solved]
+                assert [sum(cost.values()) for _, cost, _ in solved] == [abs(o) for o in ops]
+        of_each = task.args.tests // task.args.ops
+        assert Counter(task.test[2].abs().flatten().tolist()) == {
+            op: of_each for op in range(1, task.args.ops + 1)}
+
+
+def test_without_a_needed_sentence_there_is_no_answer_and_every_number_in_it_counts():
+    for n, kw in ((800, {}), (400, dict(flags=TERSE, T=48))):
+        counted = Counter()
+        for x, sentences, asked, answer, op, reverse in one_question(n, **kw):
+            _, cost, _ = solve(sentences, asked, x.p)
+            sums = {name[3:] for name in cost if name.startswith("all-")}
+            for i, (name, *said) in enumerate(sentences):
+                if name not in cost:
+                    continue
+                less = solve(sentences[:i] + sentences[i + 1:], asked, x.p)
+                if name[name.index("-"):] in sums:             # a sum over the rest of its place
+                    assert less is None or sum(less[1].values()) < op
+                else:
+                    assert less is None
+                if said[0].isdigit() and said[1:2] != ["times"]:
+                    said[0] = str((int(said[0]) + 1) % x.p)
+                    other = solve([*sentences[:i], [name, *said], *sentences[i + 1:]], asked, x.p)
+                    assert other[0] != answer
+                    counted[reverse] += 1
+        assert min(counted[False], counted[True]) > n // 4
+
+
+def test_distractors_and_the_order_of_the_sentences_change_nothing():
+    rng, dropped = random.Random(0), 0
+    for n, kw in ((800, {}), (400, dict(flags=TERSE, T=48))):
+        for x, sentences, asked, answer, op, reverse in one_question(n, **kw):
+            _, cost, _ = expected = solve(sentences, asked, x.p)
+            needed = [s for s in sentences if s[0] in cost]
+            dropped += len(sentences) - len(needed)
+            other = [[w if not w.isdigit() or s[0] in cost else str(rng.randrange(x.p)) for w in s]
+                     for s in sentences]
+            more = [["fox-nowhere", "3"], ["owl-nowhere", "2", "plus", rng.choice([*cost])]]
+            shuffled = rng.sample(sentences, len(sentences))
+            for changed in (needed, other, sentences + more, shuffled):
+                assert solve(changed, asked, x.p) == expected
+    assert dropped > 800 * 20                                  # of 29 sentences
+
+
+def test_every_name_is_said_once_and_a_reverse_problem_has_one_solution():
+    for n, kw in ((1600, {}), (800, dict(flags=TERSE, T=48)), (200, dict(M=8)),
+                  (400, dict(flags="--p 5 --reverse 1", M=2))):
+        reverse = 0
+        for x in made(n, **kw):
+            names = Counter(s[0] for s in x.sentences)
+            sums = [name for name in names if name.startswith("all-")]
+            hidden = [s[0] for s in x.sentences if s[1] == "unknown"]
+            twice = [name for name in names if names[name] > 1]
+            places = Counter(name.split("-")[1] for name in names if name not in sums)
+            assert max(places.values()) <= 3
+            if min(x.ops) > 0:
+                assert not (hidden or twice or sums)
+                continue
+            (told,), (asked,), reverse = twice + sums, hidden, reverse + 1
+            assert names[told] == 1 + (told in twice)
+            (value,) = [int(s[1]) for s in x.sentences if s[0] == told and is_number(s[1:])]
+            rest = [s for s in x.sentences if s != [told, str(value)]]
+            fits = [c for c in range(x.p) if value == solve(
+                [[asked, str(c)] if s[0] == asked else s for s in rest], told, x.p)[0]]
+            assert fits == [a for a, op in zip(x.answers, x.ops) if op < 0]
+        assert reverse > n // 16
+
+
+def test_no_shortcut_finds_the_answer():
+    right, rows = {}, {}
+    for x, sentences, asked, answer, op, reverse in one_question(8000):
+        kind, words = (reverse, op > 2), said_in(sentences)
+        rows.setdefault(kind, []).append((words + ["? " + asked], answer))
+        numbers = [w for w in words if w.isdigit()]
+        common = Counter(numbers).most_common(1)[0][0]
+        guesses = dict(first=numbers[0], middle=numbers[len(numbers) // 2], last=numbers[-1],
+                       common=common, **{f"always {c}": c for c in range(11)})
+        if op > 1 and not reverse:         # a constant's own sentence is its answer
+            own = [w for name, *said in sentences for w in said if name == asked and w.isdigit()]
+            guesses["own"] = (own + [None])[0]
+        if op > 4 and reverse:             # through copies, all that op 2 has, it is the answer
+            twice = Counter(name for name, *_ in sentences)
+            guesses["told"] = next(said[0] for name, *said in sentences if is_number(said)
+                                   and (twice[name] > 1 or name.startswith("all-")))
+        for rule, guess in guesses.items():
+            right.setdefault((rule, *kind), []).append(str(guess) == str(answer))
+    # 4500 forward and 1500 reverse ones have 3 operations or more: sigma .004 and .008, 7 and 4 of
+    # them to 1/11 + .03. The answer of a shorter one is among the 17 numbers said, and their
+    # commonest .16 of the time: sigma .009 and .023, 3 of them to the limit.
+    for (rule, reverse, long), hits in right.items():
+        limit = 1 / 11 + (0.03 if long else 0.15 if reverse else 0.1)
+        limit = 0.08 if rule == "own" else limit
+        assert sum(hits) / len(hits) < limit, (rule, reverse, long, sum(hits) / len(hits))
+    for reverse in (False, True):          # a linear guess from all words: 1100 and 380 are guessed
+        texts, answers = zip(*rows[reverse, True])
+        hits = guesses_from_words(count_words(texts), torch.tensor(answers), 11).double()
+        assert hits.mean() < 1 / 11 + 3.5 * (0.083 / len(hits)) ** 0.5, (reverse, hits.mean())
+
+
+def test_the_number_of_operations_cannot_be_read_from_the_text():
+    kinds = {}
+    for x, sentences, _, _, op, reverse in one_question(8000):
+        words = said_in(sentences)
+        counts = [len(sentences), sum(w.isdigit() for w in words), len(words), x.pad,
+                  words.count("plus"), words.count("times"), words.count("minus"),
+                  sum(w.startswith("all-") for w in words)]
+        kinds.setdefault(reverse, {}).setdefault(op, []).append((words, counts))
+    for reverse, by_op in kinds.items():
+        n = min(map(len, by_op.values()))                      # as many of each operation
+        assert n > (200 if reverse else 700)
+        counts = torch.tensor([[c for _, c in by_op[op][:n]] for op in by_op]).double()
+        mean, sigma = counts.mean((0, 1)), (counts.flatten(0, 1).var(0) / n) ** 0.5
+        assert ((counts.mean(1) - mean).abs() < 4 * sigma).all()       # 64 and 56 comparisons
+        assert (counts.mean(1) / mean - 1)[:, :3].abs().max() < 0.03   # sigma .004, .01 if reverse
+        rows = [(by_op[op][i][0], op - 1) for i in range(n) for op in by_op]
+        forms = [[w.split("-")[0] for w in words] for words, _ in rows]
+        for texts in (forms, [words for words, _ in rows]):    # 1400 and 400 are guessed
+            hits = guesses_from_words(count_words(texts), torch.tensor([op for _, op in rows]), 8)
+            chance = 1 / len(by_op)
+            assert hits.double().mean() < chance + 3.5 * (chance / len(hits)) ** 0.5, reverse
+
+
+def test_what_is_needed_lies_anywhere_and_looks_like_the_rest():
+    rng, at, forms = random.Random(0), [], {}
+    for x, sentences, asked, _, op, reverse in one_question(8000):
+        _, cost, _ = solve(sentences, asked, x.p)
+        for i, s in enumerate(sentences):
+            if s[0] in cost:
+                at.append((i + rng.random()) / len(sentences))
+        if op < 6 or reverse:
+            continue
+        for name, *said in sentences:      # the form of quantities with 2 to 5 operations
+            level = sum(solve(sentences, name, x.p)[1].values())
+            if 2 <= level <= 5:
+                form = next((w for w in said if w in ("plus", "minus", "times")), "copy")
+                form += said[0].isdigit() * " c"
+                forms.setdefault((level, name in cost), Counter())[form] += 1
+    # Kolmogorov-Smirnov: 1.95 / sqrt(n) is passed by one uniform sample in a thousand.
+    at = torch.tensor(at).double().sort().values
+    step = torch.arange(len(at)) / len(at)
+    assert len(at) > 20_000 and (at - step).abs().max() < 1.95 / len(at) ** 0.5
+    # 400 needed ones a level: sigma .02. What is written early, while few names are there to choose
+    # from, is needed more often, and then a copy of 4 operations is rare: .11 against .18.
+    for level in range(2, 6):
+        needed, other = forms[level, True], forms[level, False]
+        assert needed.total() > 400
+        for form in needed | other:
+            assert abs(needed[form] / needed.total() - other[form] / other.total()) < 0.12
+
+
+def test_more_operations_take_longer_chains():
+    chains, near = {}, {}
+    for x, sentences, asked, answer, op, reverse in one_question(8000):
+        if not reverse:
+            chains.setdefault(op, []).append(solve(sentences, asked, x.p)[2])
+            guess = solve(sentences, asked, x.p, reach=3)
+            near.setdefault(op, []).append(guess[0] == answer)
+    mean = lambda x: sum(x) / len(x)
+    for op in range(1, 8):                 # 750 each: sigma .04 for a mean, .06 for a difference
+        assert mean(chains[op]) + 0.2 < mean(chains[op + 1]), op
+    assert mean(near[1]) == mean(near[2]) == 1
+    assert all(mean(near[op]) < 0.6 for op in (6, 7, 8))       # three reads do not do
+
+
+def test_no_text_of_the_test_is_ever_trained_on():
+    def texts(task, tokens):
+        return [frozenset(map(tuple, read(task, row)[1])) for row in tokens]       # in any order
+    small = "--ops 2 --p 5 --places 4 --animals 1 --no-words --L 9 --problems 2000 --tests 200"
+    for M in (1, 3):                       # three sentences: few texts, so most of them are seen
+        task = problems(f"{small} --questions {M} --T {10 + M}")
+        test, trained = texts(task, task.test[0]), texts(task, task.training[0][0])
+        assert len(set(test)) > 50 and len(set(trained)) > 500 and not set(test) & set(trained)
+    task = problems("--tests 400", "cpu")
+    assert len(set(texts(task, task.test[0]))) == 400          # where there are many, all differ
+
+
+def test_problems_are_made_again_bit_for_bit():
+    task = problems("--problems 2001 --tests 60 --reverse 0.25", "cpu")
+    a, b, c = task, *(problems(f"--problems 2001 --tests 60 --reverse 0.25 {flags}", "cpu", seed)
+                      for flags, seed in (("--N 2", 0), ("", 1)))
+    (tokens, ops), = task.training         # five times 500 or less are made by worker processes
+    for i in (range(30), range(490, 510), range(1981, 2001)):
+        again = train_gsm.make_problems(task.settings, 48, 8, i)
+        assert torch.equal(tokens[i.start:i.stop], torch.from_numpy(again[0]))
+        assert torch.equal(ops[i.start:i.stop], torch.from_numpy(again[1]))
+    assert len(tokens) == 2001 and len({bytes(row.tolist()) for row in tokens}) == 2001
+    for step in (0, 5):                    # every N alike; another seed draws other rows of them
+        for x, y, z in zip(*(t.make_batch(step) for t in (a, b, c))):
+            assert torch.equal(x, y) and not torch.equal(x, z)
+    assert not torch.equal(a.make_batch(0)[0], a.make_batch(5)[0])
+    assert all(map(torch.equal, a.test, c.test)) and torch.equal(a.training[0][0], c.training[0][0])
+    with tempfile.TemporaryDirectory() as folder:
+        load = lambda **kw: train_gsm.load_problems(dict(task.settings, **kw), 48, 0, 60, folder)[0]
+        first = load()
+        (path,) = Path(folder).iterdir()
+        assert (load() == first).all() and (load(p=5) != first).any()
+        assert torch.equal(torch.from_numpy(first[:, :-1]).long(), a.test[0])
+        path.write_bytes(b"PK broken")
+        refused("delete it", load)
+
+
+def test_the_gsm_report_is_by_operations_forward_and_reverse_next_to_the_best_constant():
+    for flags, preset in LAYOUTS:
+        task = problems(f"--batch_size 100 {flags}", preset)
+        p, levels = task.args.p, [str(op) for op in range(1, task.args.ops + 1)]
+        for batch in (task.test, task.make_batch(0)):
+            tokens, targets, ops = batch
+            perfect = torch.zeros(*targets.shape, task.vocab_size)
+            perfect.scatter_(2, targets.clamp(min=0)[..., None], 1.0)
+            found = task.score(tokens, targets, perfect, ops)
+            assert set(found["accuracy"]) == set(levels)
+            if task.args.reverse:
+                assert list(found) == ["accuracy", "forward", "reverse"]
+                assert set(found["forward"]) == {*levels} and set(found["reverse"]) == {*levels[1:]}
+            else:
+                assert list(found) == ["accuracy"]
+            assert {v for by_op in found.values() for v in by_op.values()} == {1.0}
+            rows = []                      # (operations, answer), the answers by the solver
+            for row, op in zip(tokens, ops.tolist()):
+                questions, sentences, _ = read(task, row)
+                rows += [(o, solve(sentences, q, p)[0]) for q, o in zip(questions, op)]
+            best = {}
+            for c in range(p):
+                constant = torch.zeros(*targets.shape, task.vocab_size)
+                constant[..., 11 + c] = 1.0
+                for metric, by_op in task.score(tokens, targets, constant, ops).items():
+                    for op, value in by_op.items():
+                        kinds = dict(accuracy=(1, -1), forward=(1,), reverse=(-1,))[metric]
+                        hits = [a == c for o, a in rows if o in [int(op) * sign for sign in kinds]]
+                        assert abs(value - sum(hits) / len(hits)) < 1e-6
+                        best.setdefault(metric, {}).setdefault(op, []).append(value)
+            if batch is task.test:
+                assert task.chance == {metric: {op: max(values) for op, values in by_op.items()}
+                                       for metric, by_op in best.items()}
+            shifted = task.score(tokens, targets, perfect.roll(1, 1), ops)
+            assert max(max(by_op.values()) for by_op in shifted.values()) < 0.5
+
+
+def test_settings_that_make_no_word_problems_are_refused():
+    for words, flags in (
+            ("must be a prime", "--p 9"), ("must be a prime", "--p 3"),
+            ("--animals 13", "--animals 13"), ("--questions 0 must", "--questions 0"),
+            ("--ops 0 and", "--ops 0"),
+            ("--reverse 1.5", "--reverse 1.5"), ("never full", "--L 257"), ("never full", "--L 0"),
+            ("one for each of --T", "--problems 3"), ("--tests 7 one for each", "--tests 7")):
+        refused(words, problems, flags)
+    refused("take more --places", lambda: problems("--places 2 --T 400").test)
+    refused("a longer --T", lambda: problems("--T 20 --L 20").test)
+
+
+# ------------------------------------------------------------------------------------------------
 # Training
 
 SMALL = ("--device cpu --W 8 --L 8 --t 2 --d_model 16 --n_head 2 --batch_size 8 --steps 8 "
@@ -789,6 +1360,69 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert not matrices & rest and matrices | rest == set(names.values())
     assert "blocks.1.mixer.q.weight" in matrices and "blocks.0.up.weight" in matrices
     assert {"embed.weight", "head.weight", "blocks.0.conv.weight", "blocks.1.mixer.dt_bias"} <= rest
+
+
+def test_muon_in_batches_is_torch_optim_Muon():
+    results = []
+    for cls in (torch.optim.Muon, sleep.Muon):
+        model = tiny().float()
+        matrices = [m.weight for m in model.blocks.modules() if isinstance(m, torch.nn.Linear)]
+        optimizer = cls(matrices, lr=0.02, weight_decay=0.1)
+        g = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for p in matrices:
+                p.grad = torch.randn(p.shape, generator=g)
+            matrices[3].grad = None                    # a frozen one
+            optimizer.step()
+        results.append([p.detach().clone() for p in matrices])
+    for a, b in zip(*results):
+        close(b, a, 1e-6)
+    assert torch.equal(results[1][3], tiny().float().blocks[0].mixer.o.weight)
+
+
+def test_a_pass_costs_the_same_flops_every_time_and_an_answer_does_not_pay_for_it():
+    task = tapes("--W 8 --L 8 --t 2")
+    costs = [sleep.costs(SleepLM, Config(3, task.T, 8, N, "as", 16, 2), *task.make_batch(0), "cpu")
+             for N in (1, 2, 3)]
+    a, b, c = (x["flop"] for x in costs)
+    assert c - b == b - a and b > 1.7 * a              # two windows sleep, a short one answers
+    d, B, cells = 16, 256, 16
+    matrices = 2 * (4 + 8 + 8) * d * d + 2 * (d * d + 2 * 2 * d)   # q k v o up down; z and alpha, beta
+    assert b - a > 3 * B * cells * matrices * 0.99     # forward, and twice that backward
+    assert all(0 < x["wake_ms"] < 100 for x in costs) and costs[0]["parameters"] == sum(
+        p.numel() for p in SleepLM(Config(3, task.T, 8, 1, "as", 16, 2)).parameters())
+
+
+def test_any_N_draws_N_for_every_batch_and_tests_with_the_largest():
+    forward, seen = SleepLM.forward, []
+    SleepLM.forward = lambda self, *args: seen.append(
+        (torch.is_grad_enabled(), self.cfg.N)) or forward(self, *args)
+    try:
+        with tempfile.TemporaryDirectory() as out:
+            assert script(train_ca, f"{SMALL} --steps 16 --N 3 --any_N --out {out}")[0] == 0
+            (run,) = json.loads((Path(out) / "results.json").read_text())["runs"]
+    finally:
+        SleepLM.forward = forward
+    *trained, _ = [N for learning, N in seen if learning]              # the last call counts FLOP
+    assert len(trained) == 16 and set(trained) == {1, 2, 3}
+    assert {N for learning, N in seen if not learning} == {3} and run["N"] == 3
+
+
+def test_a_cuda_graph_replays_the_gradients_of_the_eager_step():
+    if not torch.cuda.is_available():
+        return print("      (no CUDA here: nothing to replay)")
+    task, results = tapes("--device cuda"), []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = SleepLM(Config(3, task.T, 16, 2, "as", 64, 2)).cuda()
+        torch.nn.init.normal_(model.head.weight)
+        gradients = sleep.fuse(model, compile, False)
+        for step in range(3):
+            loss = gradients(*task.make_batch(step))
+            results.append([loss.clone()] + [p.grad.clone() for p in model.parameters()])
+    for eager, replayed in zip(results[:3], results[3:]):
+        for a, b in zip(eager, replayed):
+            close(b, a, 1e-3)
 
 
 def test_both_optimizers_step_with_their_own_rate_that_cools_down():
@@ -818,17 +1452,44 @@ def test_both_optimizers_step_with_their_own_rate_that_cools_down():
         assert all(moved for _, moved in steps[1:])            # the head starts at 0: no gradient yet
 
 
-def test_evaluation_with_another_N_leaves_the_model_as_it_was():
+def test_evaluation_with_another_N_or_without_S_leaves_the_model_as_it_was():
     task = tapes("--W 8 --L 8 --t 2")
     torch.manual_seed(0)
     model = SleepLM(Config(3, task.T, 8, 1, "as", 16, 2))
     torch.nn.init.normal_(model.head.weight)
-    passes, original = [], model.one_pass
+    passes, original, before = [], model.one_pass, replace(model.cfg)
     model.one_pass = lambda *args: passes.append(1) or original(*args)
-    for N, expected in ((None, 3), (3, 7), (None, 3)):
+    batch, same = [x[:9] for x in task.test], SimpleNamespace(score=lambda x, y, logits: logits)
+    logits, answers = sleep.evaluate(model, same, batch)
+    assert len(passes) == 3 and torch.equal(answers, logits.argmax(-1))
+    for change, expected in ((dict(N=3), 7), (dict(keep_S=False), 3)):
         passes.clear()
-        sleep.evaluate(model, task, *(x[:9] for x in task.test), N)
-        assert len(passes) == expected and model.cfg.N == 1
+        other, _ = sleep.evaluate(model, same, batch, **change)
+        assert len(passes) == expected and (other - logits).abs().max() > 1e-4, change
+        assert model.cfg == before and torch.equal(sleep.evaluate(model, same, batch)[0], logits)
+
+
+def test_the_warmup_trains_no_attention_block_and_evicts_hard():
+    flags = f"{SMALL} --layout asas --eviction sliding --N 2"
+    forward, seen = SleepLM.forward, []
+
+    def spy(self, *args):
+        if torch.is_grad_enabled():
+            seen.append((self.cfg.eviction, {n: p.detach().clone() for n, p in self.named_parameters()}))
+        return forward(self, *args)
+
+    SleepLM.forward = spy
+    try:
+        with tempfile.TemporaryDirectory() as out:
+            assert script(train_ca, f"{flags} --warmup 4 --out {out}")[0] == 0
+            last = weights(out, "N2-seed0.pt")["model"]
+    finally:
+        SleepLM.forward = forward
+    assert [eviction for eviction, _ in seen] == ["hard"] * 4 + ["sliding"] * 4
+    for name in last:
+        moved = [not torch.equal(a, b) for a, b in ((seen[0][1][name], seen[4][1][name]),
+                                                    (seen[4][1][name], last[name]))]
+        assert moved == [not name.startswith(("blocks.0", "blocks.2")), True], name
 
 
 def test_a_script_writes_the_results_that_it_promises():
@@ -908,14 +1569,16 @@ def test_a_finished_model_is_tested_with_other_N_without_training_again():
     with tempfile.TemporaryDirectory() as out:
         assert script(train_ca, f"{SMALL} --N 1 --out {out}")[0] == 0
         before = weights(out)["model"]
-        status, text, err = script(train_ca, f"{SMALL} --N 1 --out {out} --resume --N_test 1 4")
-        assert status == 0 and "tested with N = 4" in text, err
+        status, text, err = script(train_ca, f"{SMALL} --N 1 --out {out} --resume --N_test 1 4 --lesion")
+        assert status == 0 and "tested with N = 4" in text and "tested with S = 0" in text, err
         (run,) = json.loads((Path(out) / "results.json").read_text())["runs"]
         assert run["N_test"]["1"]["exact"] == run["exact"] and set(run["N_test"]) == {"1", "4"}
+        assert set(run["lesion"]) == {"exact", "bit"}
         assert same(before, weights(out)["model"])
         assert script(train_ca, f"{SMALL} --N 1 2 --out {out} --resume")[0] == 0
         runs = json.loads((Path(out) / "results.json").read_text())["runs"]
         assert [set(r["N_test"]) for r in runs] == [{"1", "4"}, set()]     # nothing finished is lost
+        assert ["lesion" in r for r in runs] == [True, False]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint():
@@ -955,7 +1618,7 @@ def test_a_script_refuses_bad_input_in_one_line_with_status_2():
             ("invalid int", "--t three"), ("unrecognized", "--bogus"), ("unrecognized", "--step 3"),
             ("device 'tpu'", "--device tpu"), ("no out", "--resume --preset paper"),
             ("not a folder", f"--out {__file__}"), ("cannot be made", f"--out {__file__}/x"), ("update_rule", "--update_rule oja"),
-            ("--N_test must be", "--N_test 0"), ("--cooldown from", "--cooldown 2"),
+            ("--N_test must be", "--N_test 0"), ("--warmup 500", "--warmup 500"), ("--cooldown from", "--cooldown 2"),
             ("--seed must be", "--seed 0 99999999999"), ("--seed must be", "--seed -1"),
             *([] if torch.cuda.is_available() else [("no cuda device here", "--device cuda")])):
         status, _, err = script(train_ca, f"--device cpu {flags}")
@@ -966,6 +1629,27 @@ def test_a_script_refuses_bad_input_in_one_line_with_status_2():
             ("cut a question", "--L 10"), ("invalid choice", "--n_law some")):
         status, _, err = script(train_khop, f"--device cpu {flags}")
         assert status == 2 and words in err and err.count("\n") == 1, (flags, status, err)
+
+
+def test_the_benchmark_measures_all_its_parts():
+    with tempfile.TemporaryDirectory() as out:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            sleep.benchmark(["--quick", "--device", "cpu", "--out", f"{out}/b"])
+        results = json.loads((Path(out) / "b" / "results.json").read_text())
+        assert (Path(out) / "b" / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    rules = {row["rule"] for row in results["bench_rule"]}
+    assert {"recurrent", "chunked"} <= rules
+    assert all(row["error"] < 1e-5 and row["both"][0] > 0 for row in results["bench_rule"])
+    assert [row["N"] for row in results["bench_N"]] == [1, 2] == [r["N"] for r in results["bench_wake"]]
+    assert all(0 < row["floor"] < 1.5 and row["peak"] > 1e6 for row in results["bench_N"])
+    assert {row["L"] for row in results["bench_L"]} == {64, 256}
+    row = results["bench_wake"][0]                     # float32: S is 2 x 32 x 32, K and V 64 each
+    assert row["bytes_S"] == 4 * 2 * 32 * 32 and row["bytes_cache"] == 4 * 64 * 2 * 64
+    assert row["bytes_full_attention"] == 4 * 1024 * 2 * 64
+    status = subprocess.run([sys.executable, HERE / "sleep.py", "--device", "tpu"], capture_output=True,
+                            text=True)
+    assert status.returncode == 2 and status.stderr.count("\n") == 1 and "device 'tpu'" in status.stderr
 
 
 # ------------------------------------------------------------------------------------------------
@@ -986,7 +1670,9 @@ def test_every_command_of_the_readme_parses_and_the_short_ones_run():
         _, file, *flags = shlex.split(command)
         if file in ("test_sleep.py", "recall.py") or "--help" in flags:
             continue
-        module = {"train_ca.py": train_ca, "train_khop.py": train_khop}[file]
+        if file == "sleep.py" or "--film" in flags:
+            continue                       # they have tests of their own
+        module = {"train_ca.py": train_ca, "train_khop.py": train_khop, "train_gsm.py": train_gsm}[file]
         p, args = sleep.parse("", module.PRESETS, module.add_flags, flags)
         task = getattr(module, TASKS[module.__name__])(args, 0)
         Config(task.vocab_size, task.T, args.L, args.N[0], args.layout, args.d_model, args.n_head)
@@ -1029,12 +1715,12 @@ def test_the_readme_states_every_choice_that_the_code_marks():
     readme = (HERE / "README.md").read_text()
     section = readme.split("## Where the paper is silent")[1].split("\n## ")[0]
     for file, word in (("sleep.py", "half-lives"), ("sleep.py", "weight decay"),
-                       ("train_ca.py", "ring"), ("train_khop.py", "law of n")):
+                       ("train_ca.py", "ring"), ("train_khop.py", "law of n"), ("train_gsm.py", "problems are made")):
         marks = re.findall(r"paper does not say:.*?\.", (HERE / file).read_text(), re.S)
         assert any(word in mark for mark in marks), (file, word)
         assert word in section.lower(), word
     assert sum(f.read_text().count("paper does not say:") for f in HERE.glob("*.py")
-               if f.name != "test_sleep.py") == 4
+               if f.name != "test_sleep.py") == 5
 
 
 def test_nothing_is_imported_beyond_torch_numpy_tqdm_matplotlib():

@@ -13,6 +13,14 @@ label is asked for. The tapes take the same room whatever t is: only the questio
 paper does not say: where the tape ends; here it is a ring. Between borders of zeros the first cell
 would be constant from t = 12 on.
 """
+import argparse
+import json
+import re
+import shlex
+from functools import partial
+from pathlib import Path
+
+import numpy as np
 import torch
 
 import sleep
@@ -33,6 +41,17 @@ def add_flags(f):
     f.add_argument("--t", type=int, help="steps of the rule: the depth of the question")
     f.add_argument("--W", type=int, help="cells of a ring")
     f.add_argument("--tapes", type=int, help="tapes in a sequence")
+    f.add_argument("--carry", default="hS", choices=["hS", "h", "S"],
+                   help="what a pass of a sleep hands to the next; without S only the last pass writes")
+    f.add_argument("--think", type=int, default=1, help="passes over the answer window")
+    f.add_argument("--detach", type=int, default=0,
+                   help="gradients reach the last so many passes of a sleep only; 0: all")
+    add_more_flags(f)
+
+
+def add_more_flags(f):
+    f.add_argument("--experiment", choices=list(EXPERIMENTS), help="run one of EXPERIMENTS, see the file")
+    f.add_argument("--film", metavar="CHECKPOINT", help="draw what a sleep works out, pass by pass")
 
 
 def evolve(cells, rule, t):
@@ -41,6 +60,30 @@ def evolve(cells, rule, t):
     for _ in range(t):
         cells = table[4 * cells.roll(1, -1) + 2 * cells + cells.roll(-1, -1)]
     return cells
+
+
+class Experiment(sleep.SleepLM):
+    """Algorithm 1 with one thing changed, see the flags; hard eviction, all blocks looped."""
+
+    def __init__(self, cfg, carry, think, detach):
+        super().__init__(cfg)
+        self.carry, self.think, self.detach = carry, think, detach
+
+    def sleep(self, h, memory, done=0):
+        S = memory.S
+        for n in range(self.cfg.N):
+            if self.detach and n == self.cfg.N - self.detach:
+                h, S = h.detach(), [x if x is None else x.detach() for x in S]
+            refined, written, _ = self.one_pass(h, S, memory.cache, 0, len(self.blocks))
+            h = refined if "h" in self.carry else h
+            S = written if "S" in self.carry or n == self.cfg.N - 1 else S
+        return self.evict(sleep.Memory(S, memory.cache))
+
+    def wake(self, tokens, memory):
+        h = self.embed(tokens)
+        for _ in range(self.think):        # each from the S before the window: S of a pass knows labels
+            h, S, cache = self.one_pass(h, *memory, 0, len(self.blocks))
+        return self.head(self.norm(h)), sleep.Memory(S, cache)
 
 
 class Tapes:
@@ -59,6 +102,12 @@ class Tapes:
             raise ValueError(f"--L {args.L} must divide the {self.n_tapes} * {self.W} cells, so that "
                              "all of them are evicted before the first label.")
         self.T = (self.W + 1) * self.n_tapes
+        change = dict(carry=args.carry, think=args.think, detach=args.detach)
+        if change != dict(carry="hS", think=1, detach=0):
+            if args.eviction != "hard" or args.loop != "all" or min(args.think, args.detach + 1) < 1:
+                raise ValueError(f"--carry {args.carry} --think {args.think} --detach {args.detach}: with "
+                                 "one of these take hard eviction, --loop all, and no negative number.")
+            self.model = partial(Experiment, **change)
         self.test = self.make_batch(-1)
         labels = self.test[1]
         self.chance = dict(exact=max((labels == c).all(1).float().mean().item() for c in (0, 1)),
@@ -104,5 +153,152 @@ class Tapes:
         return "\n".join(text)
 
 
+# ------------------------------------------------------------------------------------------------
+# Experiments: python train_ca.py --experiment NAME [flags for all of its runs]
+
+EXPERIMENTS = {                            # the flags of every condition; a finished one is not run again
+    "iterated": ["--N 3", "--N 3 --carry h", "--N 3 --carry S", "--N 1"],
+    "difficulty": [f"{task} --N {N}" for task in ("--t 0", "--t 1", "--rule 90 --t 4", "--rule 90", "")
+                   for N in (1, 3)],
+    "compute": ["--N 1", "--N 3", "--N 1 --layout asasas", "--N 1 --d_model 112", "--N 1 --think 3"],
+    "other_N": [f"{train} --N_test 1 2 3 4 6 8 12 16" for train in
+                ("--N 1", "--N 2", "--N 3", "--N 4", "--N 4 --any_N")],
+    "rule": [f"--update_rule {rule} --N {N}".replace("--update_rule gated_delta ", "")
+             for rule in ("hebbian", "gated_hebbian", "delta", "gated_delta") for N in (1, 3)],
+    "conv": [f"{conv} {cost}".strip() for conv in ("--conv ''", "--conv a", "--conv s", "")
+             for cost in ("--N 1", "--N 1 --steps 1500", "--N 3")],
+    "seeds": ["--N 1", "--N 3"],
+    "gradient": ["--N 3", "--N 3 --detach 2", "--N 3 --detach 1"],
+    "span": ["--N 3", "--N 3 --loop 1:2", "--N 3 --loop 0:1", "--N 1"],
+}
+
+
+def experiment(name, argv):
+    """Run what is missing of an experiment, then write its runs to one file and draw them."""
+    folder, runs = Path("out/ca-experiments"), []
+    for flags in EXPERIMENTS[name]:
+        trained = flags.split(" --N_test")[0]
+        out = folder / re.sub("[^a-zA-Z0-9]+", "-", " ".join([trained, *argv])).strip("-")
+        sleep.main(__doc__, PRESETS, add_flags, Tapes,
+                   [*shlex.split(flags), *argv, "--out", str(out), "--resume"])
+        runs += [run | dict(flags=trained) for run in sleep.load_results(out / "results.json")]
+    sleep.write(folder / f"{name}.json", lambda p: p.write_text(json.dumps(dict(runs=runs), indent=1)))
+    plot_experiment(runs, folder / f"{name}.png")
+    print(f"saved: {folder / name}.json and .png")
+
+
+def plot_experiment(runs, path):
+    """Exact match of every seed and the mean, by condition; lines over N at test if there are any."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    groups = {}
+    for run in runs:
+        groups.setdefault(run["flags"], []).append(run)
+    fig, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for i, (flags, group) in enumerate(groups.items()):
+        if group[0]["N_test"] and len(group[0]["N_test"]) > 2:
+            N = [int(n) for n in group[0]["N_test"]]
+            values = np.array([[m["exact"] for m in run["N_test"].values()] for run in group])
+            ax.plot(N, values.mean(0), f"C{i}-", label=f"trained with {flags}")
+            ax.plot(N, values.T, f"C{i}.", ms=4)
+            ax.set(xscale="log", xticks=N, xticklabels=N, xlabel="passes at the test")
+        else:
+            values = np.array([run["exact"] for run in group])
+            color = f"C{0 if group[0]['N'] == 1 else 1}"
+            ax.barh(-i, values.mean(), color=color, alpha=0.4)
+            ax.plot(values, [-i] * len(values), f"{color}o", ms=4)
+            ax.plot([group[0]["chance"]["exact"]] * 2, [-i - 0.4, -i + 0.4], "k--", lw=1)
+            ax.set(yticks=range(-len(groups) + 1, 1), yticklabels=list(groups)[::-1], xlim=(0, 1.02),
+                   xlabel="all bits right: seeds, mean; dashed: constant guess")
+    if ax.get_legend_handles_labels()[0]:
+        guess = runs[0]["chance"]["exact"]
+        ax.axhline(guess, color="gray", ls="--", label=f"constant guess {guess:.3f}")
+        ax.set_ylabel("all bits right: seeds, mean")
+        ax.legend(fontsize=7)
+    ax.grid(alpha=0.3)
+    sleep.write(path, lambda p: fig.savefig(p, format="png", dpi=120))
+    plt.close(fig)
+
+
+# ------------------------------------------------------------------------------------------------
+# The sleep film: python train_ca.py --film out/ca-cpu/N3-seed0.pt
+
+@torch.no_grad()
+def watch(model, tape):
+    """h (B, L, d) and S, flat, before the sleep over the first window and after each of its passes."""
+    h, (S, cache) = model.embed(tape), model.empty_memory(len(tape))
+    flat = lambda S: torch.cat([x.flatten(1) for x in S if x is not None], 1)
+    frames = [(h.flatten(1), flat(S))]
+    for _ in range(model.cfg.N):
+        h, S, _ = model.one_pass(h, S, cache, 0, len(model.blocks))
+        frames.append((h.flatten(1), flat(S)))
+    return frames
+
+
+def probe(x, y, x_test, y_test):
+    """Share of +-1 labels y (B, n) that least squares reads from x (B, f), 0 for the commoner, (n,)."""
+    mean, scale = x.mean(0), x.std(0) + 1e-3
+    x, x_test = ((z - mean) / scale for z in (x, x_test))
+    eye = torch.eye(x.shape[1], dtype=x.dtype)
+    w = torch.linalg.solve(x.T @ x + 1e-2 * len(x) * eye, x.T @ (y - y.mean(0)))
+    right = ((x_test @ w + y.mean(0) > 0) == (y_test > 0)).double().mean(0)
+    common = (y_test > 0).double().mean(0)
+    common = torch.maximum(common, 1 - common)
+    return ((right - common) / (1 - common).clamp(min=1e-9)).clamp(min=0)
+
+
+def film(path):
+    """Which cells of which step a linear probe reads from h and from S after each pass of the sleep."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        s = saved["run"]["settings"] | dict(device="cpu", batch_size=6000)
+        task = Tapes(argparse.Namespace(**s), s["seed"] + 1)   # the probe has data of its own
+        model = sleep.SleepLM(sleep.config(task, s))
+        model.load_state_dict(saved["model"])
+    except Exception as e:
+        raise SystemExit(f"--film {path}: this is no checkpoint of train_ca.py ({type(e).__name__}).")
+    W, t = task.W, task.t
+    tapes = [x[0][:, :W * task.n_tapes].reshape(-1, W) for x in (task.make_batch(0), task.test)]
+    rows = [torch.stack([evolve(x, task.rule, r) for r in range(t + 1)], 1) for x in tapes]   # (B, t+1, W)
+    y, y_test = (2.0 * x.roll(W // 2, -1).flatten(1) - 1 for x in rows)        # cell 0 in the middle
+    frames, frames_test = (watch(model, x) for x in tapes)
+    shuffled = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
+    N = model.cfg.N
+    fig, axes = plt.subplots(2, N + 3, figsize=(2.1 * (N + 3), 4.4), layout="constrained")
+    for ax, tape in zip(axes[:, 0], rows[1][[0, 1]]):
+        ax.imshow(tape.roll(W // 2, -1), cmap="binary", aspect="auto")
+        ax.set_title(f"rule {task.rule}", fontsize=9)
+        ax.set_ylabel("step")
+    for row, what in enumerate("hS"):
+        for n in range(N + 2):
+            k = min(n, N)                  # the last column: the control
+            score = probe(frames[k][row], y if n <= N else shuffled, frames_test[k][row], y_test)
+            ax = axes[row, n + 1]
+            image = ax.imshow(score.view(t + 1, W), cmap="viridis", vmin=0, vmax=1, aspect="auto")
+            ax.set_title(f"{what} before" if n == 0 else f"{what} after pass {n}" if n <= N else
+                         "shuffled labels", fontsize=9)
+            print(f"{what} after pass {k}{' (shuffled labels)' if n > N else ''}: cell 0 of steps 0..{t}: "
+                  + " ".join(f"{v:.2f}" for v in score.view(t + 1, W)[:, W // 2].tolist()))
+    for ax in axes.flat:
+        ax.set(xticks=[0, W // 2, W - 1], xticklabels=[-(W // 2), 0, W - 1 - W // 2])
+    fig.colorbar(image, ax=axes, label="of what a constant guess gets wrong, the probe gets right")
+    fig.suptitle(f"{path}: {len(y)} tapes to fit the probes, {len(y_test)} to test them", fontsize=9)
+    out = Path(path).with_name(Path(path).stem + "-film.png")
+    sleep.write(out, lambda p: fig.savefig(p, format="png", dpi=120))
+    print(f"saved: {out}")
+
+
 if __name__ == "__main__":
-    sleep.main(__doc__, PRESETS, add_flags, Tapes)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_more_flags(first)
+    args, argv = first.parse_known_args()
+    if args.film:
+        film(args.film)
+    elif args.experiment:
+        experiment(args.experiment, argv)
+    else:
+        sleep.main(__doc__, PRESETS, add_flags, Tapes)

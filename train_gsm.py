@@ -1,0 +1,359 @@
+"""Word problems in the spirit of GSM-Infinite (Sections 6.3 and 6.4, Figures 4 and 5)
+
+A question, then a text of shuffled sentences that each define one quantity, all modulo a prime p.
+Every quantity in it looks alike, few matter. The question is evicted first, then most of the text;
+the answer is one number, said in one pass, without a chain of thought.
+
+    fox in biki ? owl in biki is 3 . fox in biki is 2 plus all in dora . emu in dora is
+    owl in biki . answer fox in biki is            5: `all in dora` sums what is said of dora
+
+An operation is an edge of the derivation: 1 for a constant or a copy, 2 for `c plus y` and the like,
+one a member for a sum over a place. A reverse problem hides a constant and tells a result instead.
+A small preset writes a name as one token and leaves out `is`.
+
+    python train_gsm.py                   N = 1 against N = 3, minutes on two CPU cores
+    python train_gsm.py --preset paper    Section 6.3's lengths and window, for a GPU
+    python train_gsm.py --preset paper --L 512 --eviction sliding --warmup 1562       Section 6.4
+
+paper does not say: how its problems are made. The generator is ours, see the README.
+"""
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import textwrap
+import zlib
+from functools import cached_property, partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import sleep
+
+PRESETS = {
+    "cpu": dict(N=[1, 3], ops=4, questions=8, T=[48], L=48, p=7, places=8, animals=3, words=False,
+                reverse=0.0, problems=100_000, tests=800, layout="as", d_model=64, n_head=2, taps=4,
+                steps=1600, batch_size=64, lr_muon=7e-3, lr_adamw=3e-3, cooldown=0.15,
+                eval_every=200),
+    "gpu": dict(N=[1, 2, 4], ops=8, questions=8, T=[256, 304, 352, 400], L=128, p=11, places=48,
+                animals=12, words=True, reverse=0.25, problems=400_000, tests=1600, layout="asas", d_model=256,
+                n_head=4, taps=4, steps=8000, batch_size=128, lr_muon=2e-3, lr_adamw=1e-3,
+                cooldown=0.1, eval_every=400),
+    "paper": dict(N=[1, 4], ops=8, questions=8, T=[2000, 2400, 2800, 3200], L=2000, p=11, places=200,
+                  animals=12, words=True, reverse=0.25, problems=400_000, tests=1600, layout="as" * 5,
+                  d_model=512, n_head=8, taps=4, steps=4687, batch_size=256, lr_muon=1e-3,
+                  lr_adamw=5e-4, eval_every=500),
+}
+WORDS = "PAD . ? answer is in all plus times minus unknown".split()
+PAD, END, ASK, ANSWER, IS, IN, ALL, PLUS, TIMES, MINUS, UNKNOWN = range(11)    # then 0..p-1, names
+ANIMALS = "fox owl emu bear wolf deer hare lynx seal crow toad swan".split()
+FORMS = ("copy", "c plus", "c times", "plus", "minus")
+
+
+def add_flags(f):
+    f.add_argument("--ops", type=int, help="most operations that a question needs")
+    f.add_argument("--questions", type=int,
+                   help="questions in a training sequence, the numbers of operations taking turns; "
+                        "a test sequence has one")
+    f.add_argument("--T", type=int, nargs="+",
+                   help="tokens before the answers; a batch has one of these, the test the largest")
+    f.add_argument("--p", type=int, help="a prime: all numbers are modulo p")
+    f.add_argument("--places", type=int)
+    f.add_argument("--animals", type=int, help="at most 12; a place has up to three of them")
+    f.add_argument("--words", action=argparse.BooleanOptionalAction,
+                   help="names of three words and `is`, else one token a name")
+    f.add_argument("--reverse", type=float, help="share of problems that ask for a hidden constant")
+    f.add_argument("--problems", type=int, help="training problems, drawn again and again")
+    f.add_argument("--tests", type=int, help="held-out problems, as many of each number of operations")
+    f.add_argument("--data", default="out/gsm-data", help="folder to keep them in")
+
+
+# ------------------------------------------------------------------------------------------------
+# The generator
+
+def name(s, animal, place):
+    """The tokens of a quantity, `owl in biki`; animal None: the sum over a place, `all in biki`."""
+    first = 11 + s.p
+    if s.words:
+        return [ALL if animal is None else first + animal, IN, first + s.animals + place]
+    return [first + place * (s.animals + 1) + (s.animals if animal is None else animal)]
+
+
+def make_problem(s, T, levels, rng):
+    """A text of T tokens and one question for each number of operations in `levels`.
+
+    Returns tokens, answers, operations (in the order of the questions, negative if reverse) and the
+    sentences, or None if this text has no such question: then the caller draws another one.
+    """
+    names, sentences, constant = [], [], []        # of quantity i; a sum over a place has no sentence
+    values, edges, slopes = [], [], []             # slopes[i] = {u: d i / d u} for all u it depends on
+    by_op = [[] for _ in range(s.ops + 1)]
+    wanted = [0] * (s.ops + 1)                     # how often each number of operations was aimed at
+
+    def add(words, parents, own_edges, c=0, sentence=None):
+        """Quantity c + sum of factor * parent. False if too deep, or if something cancels out."""
+        i, slope = len(names), {len(names): 1}
+        for parent, factor in parents:
+            for u, x in slopes[parent].items():
+                slope[u] = (slope.get(u, 0) + factor * x) % s.p
+        op = own_edges + sum(edges[u] for u in slope if u != i)
+        if op > s.ops or not all(slope.values()):
+            return False
+        names.append(words), sentences.append(sentence), constant.append(not parents)
+        values.append((c + sum(factor * values[parent] for parent, factor in parents)) % s.p)
+        edges.append(own_edges), slopes.append(slope)
+        by_op[op].append(i)
+        return True
+
+    def draw(words, level):
+        """Try to define `words` with `level` operations; any number up to s.ops will do."""
+        x, number = words + [IS] * s.words, 11                 # token of the number 0
+        if level == 1:
+            c = rng.randrange(s.p)
+            return add(words, [], 1, c, x + [number + c, END])
+        for _ in range(40):
+            form, c = rng.choice(FORMS), rng.randint(2, 4)
+            below = level - 1 if form == "copy" else level - 2
+            if form in ("plus", "minus"):
+                o = rng.randint(1, max(below - 1, 1))
+                if not 1 <= below - o or not by_op[o] or not by_op[below - o]:
+                    continue
+                y, z = rng.choice(by_op[o]), rng.choice(by_op[below - o])
+                sign, word = (1, PLUS) if form == "plus" else (-1, MINUS)
+                said = names[y] + [word] + names[z]
+                ok = y != z and add(words, [(y, 1), (z, sign)], 2, 0, x + said + [END])
+            else:
+                if below < 1 or not by_op[below]:
+                    continue
+                y = rng.choice(by_op[below])
+                if form == "copy":
+                    ok = add(words, [(y, 1)], 1, 0, x + names[y] + [END])
+                elif form == "c plus":
+                    c -= rng.randint(0, 1)                     # 1 to 4
+                    ok = add(words, [(y, 1)], 2, c, x + [number + c, PLUS] + names[y] + [END])
+                else:
+                    ok = add(words, [(y, c)], 2, 0, x + [number + c, TIMES] + names[y] + [END])
+            if ok:
+                return True
+        return False
+
+    reverse = max(levels) > 1 and rng.random() < s.reverse
+    size = 3 if s.words else 1
+    room = T - len(levels) * size - 1 - reverse * (size + s.words + 2)
+    full = False
+    for place in rng.sample(range(s.places), s.places):
+        here = []
+        for animal in rng.sample(range(s.animals), rng.randint(1, min(3, s.animals))):
+            level = 1
+            if s.ops > 1 and rng.random() > 0.3:
+                level = min(range(2, s.ops + 1), key=lambda o: (wanted[o], rng.random()))
+            wanted[level] += 1
+            if not draw(name(s, animal, place), level):
+                continue
+            if len(sentences[-1]) > room:                      # the text is full
+                full = True
+                for row in (names, sentences, constant, values, edges, slopes):
+                    row.pop()
+                for row in by_op:
+                    if row and row[-1] == len(names):
+                        row.pop()
+                break
+            room -= len(sentences[-1])
+            here.append(len(names) - 1)
+        if full:
+            break
+        if here:                                               # closed: its sum may be spoken of
+            add(name(s, None, place), [(i, 1) for i in here], len(here))
+    if not full:                                               # too few names for T tokens
+        return None
+
+    asked, answers, ops, hidden = [], [], [], None
+    if reverse:
+        level = rng.choice([o for o in levels if o > 1])
+        if not by_op[level]:
+            return None
+        told = rng.choice(by_op[level])
+        hidden = rng.choice([u for u in slopes[told] if constant[u]])
+        sentences[hidden] = names[hidden] + [IS] * s.words + [UNKNOWN, END]
+        sentences.append(names[told] + [IS] * s.words + [11 + values[told], END])
+    for o in levels:
+        if reverse and o == level and hidden not in asked:
+            asked.append(hidden), ops.append(-o)
+            continue
+        free = [i for i in by_op[o] if hidden not in slopes[i] and i not in asked]
+        if not free:
+            return None
+        asked.append(rng.choice(free)), ops.append(o)
+    said = [x for x in sentences if x]
+    rng.shuffle(said)
+    text = [x for i in asked for x in names[i]] + [ASK] + [x for sentence in said for x in sentence]
+    answers = [values[i] for i in asked]
+    for i, c in zip(asked, answers):
+        text += [ANSWER, *names[i], *[IS] * s.words, 11 + c]
+    T += len(asked) * (size + s.words + 2)
+    return [PAD] * (T - len(text)) + text, answers, ops, said
+
+
+def make_problems(settings, T, M, numbers):
+    """Problems number `numbers` as arrays, see load_problems. A worker process calls it."""
+    s, test, rows, ops = SimpleNamespace(**settings), M == 0, [], []
+    for i in numbers:
+        rng = random.Random(f"{'test' if test else 'train'} {T} {i}")
+        for _ in range(1000):
+            levels = [1 + i % s.ops] if test else [
+                o for _ in range(0, M, s.ops) for o in rng.sample(range(1, s.ops + 1), s.ops)][:M]
+            problem = make_problem(s, T, levels, rng)
+            # One text in eight is for the test, whatever the order of its sentences.
+            if problem and (zlib.crc32(str(sorted(problem[3])).encode()) % 8 == 0) == test:
+                break
+        else:
+            raise ValueError(f"no text of {T} tokens with up to {s.ops} operations was found in 1000 "
+                             "tries: take more --places, a longer --T, or fewer --ops.")
+        rows.append(problem[0]), ops.append(problem[2])
+    kind = np.uint8 if vocabulary(s) <= 256 else np.int16
+    return np.array(rows, kind), np.array(ops, np.int8)
+
+
+def vocabulary(s):
+    return 11 + s.p + (s.animals + s.places if s.words else s.places * (s.animals + 1))
+
+
+def load_problems(settings, T, M, n, folder):
+    """n problems with texts of T tokens, from disk or made now; M = 0: the test, one question each.
+
+    Returns tokens (n, T + answers) and the operations of the questions (n, M), negative if reverse.
+    """
+    what = json.dumps(dict(settings, T=T, questions=M, problems=n), sort_keys=True)
+    path = Path(folder) / f"{'train' if M else 'test'}-T{T}-{zlib.crc32(what.encode()):08x}.npz"
+    if path.exists():
+        try:
+            with np.load(path) as saved:
+                if str(saved["what"]) == what:
+                    return saved["tokens"], saved["ops"]
+        except Exception as e:             # np.load raises many kinds for a broken file
+            raise ValueError(f"{path} cannot be read ({type(e).__name__}): delete it, and these "
+                             "problems will be made anew.") from None
+    job = partial(make_problems, settings, T, M)
+    jobs = [range(i, min(i + 500, n)) for i in range(0, n, 500)]
+    bar = partial(tqdm, total=len(jobs), desc=f"problems with T = {T}, by 500", disable=None, leave=False)
+    if len(jobs) <= 4:
+        parts = list(bar(map(job, jobs)))
+    else:
+        with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), len(jobs))) as pool:
+            parts = list(bar(pool.imap(job, jobs)))
+    tokens, ops = (np.concatenate(x) for x in zip(*parts))
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def save(p):
+        with open(p, "wb") as f:
+            np.savez(f, tokens=tokens, ops=ops, what=what)
+    sleep.write(path, save)
+    return tokens, ops
+
+
+# ------------------------------------------------------------------------------------------------
+
+class Problems:
+    """The task, as sleep.main wants it; its batches carry the operations of the questions (B, M)."""
+    name, cases = "gsm", "operations"
+
+    def __init__(self, args, seed):
+        self.args, self.seed, self.lengths = args, seed, sorted(set(args.T))
+        self.settings = {k: getattr(args, k) for k in
+                         ("ops", "p", "places", "animals", "words", "reverse")}
+        self.vocab_size = vocabulary(SimpleNamespace(**self.settings))
+        self.ask = 5 if args.words else 2                      # tokens of `answer fox in biki is`
+        self.T = self.lengths[-1] + args.questions * (self.ask + 1) - 1
+        if args.p < 5 or any(args.p % i == 0 for i in range(2, args.p)):
+            raise ValueError(f"--p {args.p} must be a prime of 5 or more: then every factor has an "
+                             "inverse, and reverse problems one solution.")
+        if args.ops < 1 or args.questions < 1:
+            raise ValueError(f"--ops {args.ops} and --questions {args.questions} must be at least 1.")
+        if not (1 <= args.animals <= len(ANIMALS) and args.places >= 1 and 0 <= args.reverse <= 1):
+            raise ValueError(f"--animals {args.animals} must be 1 to {len(ANIMALS)}, --places "
+                             f"{args.places} at least 1, --reverse {args.reverse} from 0 to 1.")
+        if not 1 <= args.L <= self.lengths[0]:
+            raise ValueError(f"--L {args.L} must be between 1 and the {self.lengths[0]} tokens before "
+                             "the answers: a longer window is never full.")
+        if args.problems < len(self.lengths) or args.tests < args.ops:
+            raise ValueError(f"--problems {args.problems} must be at least one for each of --T, --tests "
+                             f"{args.tests} one for each of the {args.ops} numbers of operations.")
+
+    @cached_property
+    def test(self):
+        """Problems of one question, each number of operations as often; no text of the training."""
+        problems = load_problems(self.settings, self.lengths[-1], 0, self.args.tests, self.args.data)
+        return self.batch(*(torch.from_numpy(x).to(self.args.device) for x in problems))
+
+    @cached_property
+    def training(self):
+        """The arrays for each length, as bytes on the device: a batch costs no copy to it."""
+        n = self.args.problems // len(self.lengths)
+        return [[torch.from_numpy(x).to(self.args.device) for x in load_problems(
+            self.settings, T, self.args.questions, n, self.args.data)] for T in self.lengths]
+
+    @cached_property
+    def chance(self):
+        """The best single number for each metric and number of operations, found on the test."""
+        tokens, targets, ops = self.test
+        right = [self.metrics(targets[targets >= 0] == c, ops) for c in range(11, 11 + self.args.p)]
+        return {metric: {op: max(r[metric][op] for r in right) for op in by_op}
+                for metric, by_op in right[0].items()}
+
+    def batch(self, tokens, ops):
+        """Rows of problems -> tokens (B, T), targets (B, answers), ops (B, M)."""
+        tokens, ops, M, phrase = tokens.long(), ops.long(), ops.shape[1], self.ask + 1
+        answers = tokens[:, -M * phrase:].unflatten(1, (M, phrase))            # (B, M, phrase)
+        targets = torch.full_like(answers, -1)
+        targets[..., -2] = answers[..., -1]                    # said by the token before the answer
+        return tokens[:, :-1], targets.flatten(1)[:, :-1], ops
+
+    def make_batch(self, step):
+        """Step -> batch, from seed and step alone; every seed draws from the same problems."""
+        key, device = self.seed * 10 ** 9 + step, self.args.device
+        tokens, ops = self.training[random.Random(key).randrange(len(self.lengths))]
+        rows = torch.randint(len(tokens), (self.args.batch_size,), device=device,
+                             generator=torch.Generator(device).manual_seed(key))
+        return self.batch(tokens[rows], ops[rows])
+
+    def score(self, tokens, targets, logits, ops):
+        """Accuracy by number of operations: of all problems, and of forward and reverse ones."""
+        return self.metrics((logits.argmax(-1) == targets)[targets >= 0], ops)
+
+    def metrics(self, right, ops):
+        ops, metrics = ops.flatten(), {}
+        kinds = [("accuracy", ops != 0), ("forward", ops > 0), ("reverse", ops < 0)]
+        for metric, chosen in kinds if self.args.reverse else kinds[:1]:
+            if chosen.any():
+                metrics[metric] = {str(op): right[chosen & (ops.abs() == op)].float().mean().item()
+                                   for op in ops[chosen].abs().unique().tolist()}
+        return metrics
+
+    def text(self, tokens):
+        """Token ids as words."""
+        s = self.args
+        syllables = [c + v for v in "aeiou" for c in "bdfgklmnprstvz"]
+        places = [syllables[i % 70] + syllables[(i // 70 + 11 * i + 3) % 70] for i in range(s.places)]
+        if s.words:
+            names = ANIMALS[:s.animals] + places
+        else:
+            names = [f"{a}-{place}" for place in places for a in (*ANIMALS[:s.animals], "all")]
+        words = WORDS + [str(i) for i in range(s.p)] + names
+        return " ".join(words[i] for i in tokens.tolist() if i != PAD)
+
+    def show(self, tokens, targets, guess=None):
+        start = len(tokens) + 1 - (self.ask + 1) * ((len(targets) + 1) // (self.ask + 1))
+        lines = textwrap.wrap(self.text(tokens[:start]), 92)
+        for i in (targets >= 0).nonzero().flatten().tolist():
+            end = len(tokens) - len(targets) + i + 1
+            said = "" if guess is None else f"; the model says {self.text(guess[i: i + 1]) or 'nothing'}"
+            lines.append(f"{self.text(tokens[end - self.ask: end])} {targets[i] - 11}{said}")
+        return textwrap.indent("\n".join(lines), "  ")
+
+
+if __name__ == "__main__":
+    sleep.main(__doc__, PRESETS, add_flags, Problems)
