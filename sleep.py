@@ -37,6 +37,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.flop_counter import FlopCounterMode
@@ -394,7 +395,9 @@ class SleepLM(nn.Module):
     def evict(self, memory):
         """Hard eviction empties the cache; sliding eviction keeps L - 1 tokens. S stays."""
         keep = 0 if self.cfg.eviction == "hard" else self.cfg.L - 1
-        S = memory.S if self.cfg.keep_S else [S if S is None else 0 * S for S in memory.S]
+        S = memory.S
+        if not self.cfg.keep_S:
+            S = [None if x is None else torch.zeros_like(x) for x in S]
         return Memory(S, [tuple(latest(x, keep) for x in c) for c in memory.cache])
 
     def wake(self, tokens, memory):
@@ -514,12 +517,15 @@ DEFAULTS = dict(eviction="hard", loop="all", update_rule="gated_delta", conv="as
                 N_test=[], warmup=0, cooldown=0.0, seed=[0])
 
 
+class Parser(argparse.ArgumentParser):
+    """Bad input gets one line, and exit status 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def parse(doc, presets, add_task_flags, argv=None):
     """Command line -> the parser and the settings: the preset's values, then what the flags say."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            self.exit(2, f"{self.prog}: {message}\n")
-
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=list(presets), help="default: gpu with CUDA, else cpu")
     first.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -547,7 +553,8 @@ def parse(doc, presets, add_task_flags, argv=None):
     f.add_argument("--lr_muon", type=float, help="learning rate of the blocks' matrices")
     f.add_argument("--lr_adamw", type=float, help="learning rate of all other parameters")
     f.add_argument("--warmup", type=int,
-                   help="first steps: attention blocks frozen, hard eviction (Section 6.4)")
+                   help="first steps, with attention blocks frozen and hard eviction, also in the "
+                   "evaluations among them (Section 6.4)")
     f.add_argument("--cooldown", type=float, help="last share of the steps: rates fall to 0")
     f.add_argument("--eval_every", type=int, help="steps between evaluations and checkpoints")
     f.add_argument("--seed", type=int, nargs="+", help="of weights and data; one model for each")
@@ -591,6 +598,13 @@ def pick_device(name):
     return name
 
 
+def describe(device):
+    """What a number was measured on."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{device}, {torch.get_num_threads()} threads"
+
+
 def can_compile(device):
     try:
         torch.compile(torch.sin)(torch.ones(1, device=device))
@@ -627,7 +641,10 @@ def write(path, save):
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon with all matrices of one shape in one batch: far fewer kernels to launch."""
+    """torch.optim.Muon with all matrices of one shape in one batch: far fewer kernels to launch.
+
+    For its defaults only: with Nesterov's momentum, and rates scaled as "original".
+    """
 
     @torch.no_grad()
     def step(self):
@@ -638,8 +655,10 @@ class Muon(torch.optim.Muon):
                     shapes.setdefault(p.shape, []).append(p)
             for (rows, columns), batch in shapes.items():
                 grads, momentum = [p.grad for p in batch], group["momentum"]
-                averages = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                            for p in batch]
+                for p in batch:
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                averages = [self.state[p]["momentum_buffer"] for p in batch]
                 torch._foreach_lerp_(averages, grads, 1 - momentum)
                 G = torch.stack(torch._foreach_lerp(grads, averages, momentum)).bfloat16()
                 X = G.mT if rows > columns else G                              # (n, short, long)
@@ -648,9 +667,9 @@ class Muon(torch.optim.Muon):
                 for _ in range(group["ns_steps"]):                             # Newton-Schulz
                     A = X @ X.mT
                     X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
-                X = X.mT if rows > columns else X
+                X = (X.mT if rows > columns else X).to(batch[0].dtype)
                 torch._foreach_mul_(batch, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(batch, [x.to(p.dtype) for x, p in zip(X, batch)],
+                torch._foreach_add_(batch, X.unbind(),
                                     alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
 
@@ -666,19 +685,20 @@ def make_optimizers(model, lr_muon, lr_adamw):
                               fused=rest[0].is_cuda))
 
 
-def fuse(model, compile, recompute_passes):
-    """Compile the pass, wrap it in activation checkpointing, and return f(tokens, targets) -> loss.
+def make_gradients(model, compile, recompute_passes):
+    """-> f(tokens (B, T), targets (B, M)), the loss; its gradients are then in p.grad.
 
-    Calling f leaves the gradients in p.grad. On CUDA a compiled model's kernels are recorded once for
-    each shape of batch and replayed as one CUDA graph: none of them waits for Python.
+    compile: fuse model.one_pass. On CUDA f then also records its kernels once for each shape of batch
+    and replays them as one CUDA graph, so that none waits for Python; the loss that it returns is
+    written over by the next call. recompute_passes: activation checkpointing, see --recompute.
     """
     if compile:
-        torch._dynamo.config.recompile_limit = 64      # one graph for each shape and kind of batch
+        torch._dynamo.config.recompile_limit = 64      # one graph for each shape and kind of call
         model.one_pass = torch.compile(model.one_pass, fullgraph=True, dynamic=False)
     if recompute_passes:
         model.one_pass = partial(recompute, model.one_pass, use_reentrant=False,
                                  preserve_rng_state=False)                     # nothing is random
-    graphs = {}
+    graphs, side = {}, torch.cuda.Stream() if compile and model.head.weight.is_cuda else None
 
     def eager(tokens, targets):
         model.zero_grad()
@@ -687,18 +707,19 @@ def fuse(model, compile, recompute_passes):
         return loss.detach()
 
     def replayed(tokens, targets):
-        key = tokens.shape, targets.shape, model.cfg.eviction, model.cfg.N
+        learning = tuple(p.requires_grad for p in model.parameters())
+        key = tokens.shape, targets.shape, model.cfg.eviction, model.cfg.N, learning
         if key not in graphs:
             inputs = tokens.clone(), targets.clone()
-            side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(3):                     # compile, and settle all libraries
                     eager(*inputs)
             torch.cuda.current_stream().wait_stream(side)
-            model.zero_grad()                          # so that the graph makes gradients of its own
+            # The graph makes gradients of its own, since p.grad is None before it. All graphs share
+            # memory: only the gradients of the latest replay are ever read.
             graph, pool = torch.cuda.CUDAGraph(), next((g.pool() for g, *_ in graphs.values()), None)
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, stream=side):
                 loss = eager(*inputs)
             graphs[key] = graph, inputs, loss, [p.grad for p in model.parameters()]
         graph, inputs, loss, grads = graphs[key]
@@ -709,7 +730,7 @@ def fuse(model, compile, recompute_passes):
             p.grad = grad
         return loss
 
-    return replayed if compile and model.head.weight.is_cuda else eager
+    return replayed if side else eager
 
 
 @torch.no_grad()
@@ -721,7 +742,8 @@ def evaluate(model, task, batch, **change):
     tokens, targets, *facts = batch
     rows = max(1, 2 ** 17 // tokens.shape[1])                                  # at a time
     cfg, model.cfg = model.cfg, replace(model.cfg, **change)
-    logits = torch.cat([model(x, y)[0] for x, y in zip(tokens.split(rows), targets.split(rows))])
+    with torch.compiler.set_stance("force_eager"):             # these shapes are not worth compiling
+        logits = torch.cat([model(x, y)[0] for x, y in zip(tokens.split(rows), targets.split(rows))])
     model.cfg = cfg
     return task.score(tokens, targets, logits, *facts), logits.argmax(-1)
 
@@ -766,12 +788,14 @@ def timed(f, device, seconds):
 def costs(build, cfg, tokens, targets, device):
     """Of build(cfg): parameters, FLOP of a training step, milliseconds to answer one token.
 
-    Matrix products only; a backward pass is counted as two forward passes.
+    FLOP: matrix products only, a backward pass counted as two forward passes. The answer is timed
+    in eager float32 for a batch of one, right after a hard eviction.
     """
     model = build(cfg).to(device)
     token, memory = torch.zeros(1, 1, dtype=torch.long, device=device), model.empty_memory(1)
     with torch.no_grad():
-        with FlopCounterMode(display=False) as count:
+        # FlopCounterMode does not see inside the CPU's fused attention.
+        with FlopCounterMode(display=False) as count, sdpa_kernel(SDPBackend.MATH):
             model(tokens[:1], targets[:1])
         wake, _ = timed(lambda: model.wake(token, memory), device, 0.2)
     return dict(parameters=sum(p.numel() for p in model.parameters()),
@@ -791,15 +815,14 @@ def train(task, cfg, settings, out, report, resume=False, N_test=(), lesion=Fals
     build = getattr(task, "model", SleepLM)
     model = build(cfg).to(device)
     model.bf16 = device == "cuda"
-    gradients = fuse(model, settings["compile"], settings["recompute"])
+    gradients = make_gradients(model, settings["compile"], settings["recompute"])
     rates = settings["lr_muon"], settings["lr_adamw"]
     optimizers = make_optimizers(model, *rates)
     run = dict(task=task.name, N=cfg.N, seed=settings["seed"], steps=0, tokens=0, seconds=0.0,
                peak_memory=0, chance=task.chance, curve=[], settings=settings,
-               torch=str(torch.__version__), device=torch.cuda.get_device_name() if device == "cuda"
-               else f"{device}, {torch.get_num_threads()} threads")
+               torch=str(torch.__version__), device=describe(device))
     total, since = 0.0, 0                  # training loss, summed since the last evaluation
-    largest = torch.zeros((), device=device)           # gradient norm since then
+    grad_norm = torch.zeros((), device=device)           # gradient norm since then
     seen = 0                               # tokens since the last report
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -807,7 +830,7 @@ def train(task, cfg, settings, out, report, resume=False, N_test=(), lesion=Fals
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        run, total, since, largest = (saved[k] for k in ("run", "total", "since", "largest"))
+        run, total, since, grad_norm = (saved[k] for k in ("run", "total", "since", "grad_norm"))
 
     interrupted = []
 
@@ -832,7 +855,7 @@ def train(task, cfg, settings, out, report, resume=False, N_test=(), lesion=Fals
                 block.requires_grad_(block.kind == "s" or not warming)
             tokens, targets, *_ = task.make_batch(step)
             total += gradients(tokens, targets)
-            largest = largest.maximum(nn.utils.get_total_norm(
+            grad_norm = grad_norm.maximum(nn.utils.get_total_norm(
                 [p.grad for p in model.parameters() if p.grad is not None]))
             for optimizer in optimizers:
                 optimizer.step()
@@ -853,17 +876,17 @@ def train(task, cfg, settings, out, report, resume=False, N_test=(), lesion=Fals
             seen = 0
             if evaluating:
                 metrics, _ = evaluate(model, task, task.test, N=settings["N"])
-                fresh, _ = evaluate(model, task, task.make_batch(done), N=settings["N"])   # not seen yet
+                fresh, _ = evaluate(model, task, task.make_batch(done), N=settings["N"])   # the next
                 run.update(metrics, seconds=round(time.time() - start, 1))
                 run["curve"].append(dict(step=done, tokens=run["tokens"], seconds=run["seconds"],
-                                         train_loss=mean, grad_norm=largest.item(), train=fresh,
+                                         train_loss=mean, grad_norm=grad_norm.item(), train=fresh,
                                          **metrics))
-                total, since, largest = 0.0, done, torch.zeros_like(largest)
+                total, since, grad_norm = 0.0, done, torch.zeros_like(grad_norm)
                 tqdm.write(f"{name} | step {done} | {run['tokens'] / 1e6:.2f}M tokens | train loss "
                            f"{mean:.3f} | {line(metrics)} | {run['seconds']:.0f} s")
             write(path, lambda p: torch.save(dict(
                 model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
-                run=run, total=float(total), since=since, largest=largest), p))
+                run=run, total=float(total), since=since, grad_norm=grad_norm), p))
             report(run)
             if interrupted:
                 raise Stopped(f"{name}: stopped after step {done} of {steps}, which is saved. To go "
@@ -892,7 +915,7 @@ def load_checkpoint(path, settings):
     except Exception as e:                 # torch.load raises many kinds for a broken file
         raise ValueError(f"{path} is not a checkpoint that can be read ({type(e).__name__}): delete "
                          "it to train this model anew.") from None
-    refuse_other_settings(path, old, settings, but=("compile",))
+    refuse_other_settings(path, old, settings, but=("compile", "recompute"))
     return saved
 
 
@@ -989,8 +1012,11 @@ def main(doc, presets, add_task_flags, Task, argv=None):
                     load_checkpoint(path, settings)
         for run in runs:
             refuse_other_settings(results, dict(run["settings"], task=run["task"]),
-                                  dict(settings, task=task.name), but=("compile", "N", "seed"))
-    except ValueError as e:
+                                  dict(settings, task=task.name),
+                                  but=("compile", "recompute", "N", "seed"))
+        plans[0][0].make_batch(0)          # data that has to be made first is made here
+        task.chance
+    except (ValueError, OSError) as e:
         p.error(e)
 
     if args.compile and not can_compile(args.device):
@@ -1044,9 +1070,9 @@ def main(doc, presets, add_task_flags, Task, argv=None):
           *(f"{m} (guess) |" for m in metrics))
     print("|---" * (9 + len(metrics)) + "|")
     for r in done:
-        print(f"| {r['N']} | {r['seed']} | {r['parameters']:,} | {r['steps']} | {r['tokens'] / 1e6:.1f}M | "
-              f"{r['flop'] * r['steps'] / 1e12:.1f} | {r['seconds']:.0f} | {r['peak_memory'] / 1e9:.2f} | "
-              f"{r['wake_ms']:.2f} |",
+        print(f"| {r['N']} | {r['seed']} | {r['parameters']:,} | {r['steps']} | "
+              f"{r['tokens'] / 1e6:.1f}M | {r['flop'] * r['steps'] / 1e12:.1f} | {r['seconds']:.0f} | "
+              f"{r['peak_memory'] / 1e9:.2f} | {r['wake_ms']:.2f} |",
               *(f"{number(r[m])} ({number(r['chance'][m])}) |" for m in metrics))
     print(f"saved: {results}, {out / 'plot.png'}")
 
@@ -1062,8 +1088,9 @@ def bench_rule(device, quick, compile, seconds):
     """Time and error of every form of the rule: forward, and forward and backward.
 
     Keys repeat (4 of them, the hard case, see unit_lower_inverse); q, k, v are bfloat16 numbers, as
-    the matrix products of a block make them on a GPU. The error is the largest relative distance of
-    o, S and the six gradients from the recurrent rule in float64.
+    the matrix products of a block make them on a GPU. The error is the grad_norm relative distance of
+    o, S and the six gradients from the recurrent rule in float64; on CUDA our forms take TF32
+    products, and the kernel's casts to bfloat16 are part of its time.
     """
     shapes = [(512, 4, 24, 64), (128, 8, 75, 64), (8, 8, 2048, 64), (4, 8, 4096, 64)]
     if device != "cuda":
@@ -1071,18 +1098,18 @@ def bench_rule(device, quick, compile, seconds):
     rules = {"recurrent": gated_delta_rule, "chunked": gated_delta_rule_chunked}
     if compile:
         rules["chunked, compiled"] = torch.compile(gated_delta_rule_chunked, dynamic=False)
-    try:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule        # wants (B, T, H, K)
+    if device == "cuda":
+        try:
+            from fla.ops.gated_delta_rule import chunk_gated_delta_rule    # wants (B, T, H, K)
 
-        def fla(q, k, v, log_alpha, beta, S):
-            q, k, v = (x.transpose(1, 2).bfloat16() for x in (q, k, v))
-            o, S = chunk_gated_delta_rule(q, k, v, log_alpha.mT, beta.mT, scale=1.0,
-                                          initial_state=S.mT, output_final_state=True)
-            return o.transpose(1, 2), S.mT
-        if device == "cuda":
+            def fla(q, k, v, log_alpha, beta, S):
+                q, k, v = (x.transpose(1, 2).bfloat16() for x in (q, k, v))
+                o, S = chunk_gated_delta_rule(q, k, v, log_alpha.mT, beta.mT, scale=1.0,
+                                              initial_state=S.mT, output_final_state=True)
+                return o.transpose(1, 2), S.mT
             rules["fla's Triton kernel"] = fla
-    except ImportError:
-        pass
+        except Exception as e:             # not installed, or not for this Triton
+            print(f"  without fla-core's kernel ({type(e).__name__})")
     rows = []
     for B, H, T, K in shapes[:2] if quick else shapes:
         g = torch.Generator(device).manual_seed(0)
@@ -1107,6 +1134,8 @@ def bench_rule(device, quick, compile, seconds):
 
         exact = both(gated_delta_rule, "cpu" if device == "mps" else device, torch.float64)
         for name, rule in rules.items():
+            if T >= 2048 and "compiled" in name:
+                continue                   # its chunks are unrolled: minutes to compile
             row = dict(shape=[B, H, T, K], rule=name)
             try:
                 row["error"] = max(((x.to(y) - y).norm() / y.norm()).item()
@@ -1114,7 +1143,7 @@ def bench_rule(device, quick, compile, seconds):
                 row["forward"] = timed(lambda: forward(rule), device, seconds)
                 row["both"] = timed(lambda: both(rule), device, seconds)
             except Exception as e:         # a kernel that refuses this GPU, or needs more memory
-                row["failed"] = f"{type(e).__name__}: {str(e).splitlines()[0][:80]}"
+                row["failed"] = f"{type(e).__name__}: {' '.join(str(e).split())[:80]}"
             rows.append(row)
             print(f"  {str((B, H, T, K)):18} {name:20}", row.get("failed") or
                   f"forward {ms(row['forward'])}, with backward {ms(row['both'])}, "
@@ -1127,7 +1156,7 @@ def bench_model(device, compile, T, B, **settings):
     torch.manual_seed(0)
     model = SleepLM(Config(vocab_size=3, T=T, **settings)).to(device)
     model.bf16 = device == "cuda"
-    gradients, optimizers = fuse(model, compile, False), make_optimizers(model, 1e-3, 1e-3)
+    gradients, optimizers = make_gradients(model, compile, False), make_optimizers(model, 1e-3, 1e-3)
     tokens, targets = (torch.randint(3, (B, n), device=device) for n in (T, 4))
 
     def step():
@@ -1145,7 +1174,7 @@ def bench_N(device, quick, compile, seconds):
     n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     ceiling = 2 * n ** 3 / timed(lambda: a @ b, device, seconds)[0]            # FLOP per ms
-    print(f"  {ceiling / 1e9:.2f} TFLOP/s in a matrix product of {n} x {n}, {dtype}: the floor's rate")
+    print(f"  {ceiling / 1e9:.2f} TFLOP/s in a matrix product of {n} x {n}, {dtype}: the ceiling")
     rows = []
     for N in (1, 2) if quick else (1, 2, 4, 8):
         model, step, tokens, targets = bench_model(device, compile, N=N, **size)
@@ -1155,11 +1184,11 @@ def bench_N(device, quick, compile, seconds):
         t = timed(step, device, seconds)
         rows.append(dict(N=N, step=t, tokens_per_s=1e3 * size["B"] * size["T"] / t[0],
                          ratio=t[0] / rows[0]["step"][0] if rows else 1.0, flop=work,
-                         floor=work / ceiling / t[0], peak=peak_memory(device)))
+                         share=work / ceiling / t[0], peak=peak_memory(device)))
         r = rows[-1]
         print(f"  N = {N}: {ms(t)}, {r['tokens_per_s']:,.0f} tokens/s, {r['ratio']:.2f} x N = 1, "
-              f"{100 * r['floor']:.0f} % of the matrix products' rate, peak {r['peak'] / 1e9:.2f} GB",
-              flush=True)
+              f"{100 * r['share']:.0f} % of the ceiling"
+              + (f", peak {r['peak'] / 1e9:.2f} GB" if device == "cuda" else ""), flush=True)
     return rows
 
 
@@ -1167,6 +1196,7 @@ def bench_L(device, quick, compile, seconds):
     """Figure 6: training tokens per second against the window at a fixed length T, and against N.
 
     L = T is the fully parallel model: one window, all T tokens at once, attention to all of them.
+    Not compiled, since every L would be compiled anew.
     """
     size = dict(T=12000, B=4, layout="as", d_model=512, n_head=8)
     windows = [512, 1000, 2000, 4000, 12000]
@@ -1176,7 +1206,7 @@ def bench_L(device, quick, compile, seconds):
     rows = []
     for L in windows[1:-1:2] if quick else windows:
         for N in (1,) if L == size["T"] else (1, 2) if quick else (1, 2, 4):
-            _, step, *_ = bench_model(device, compile, N=N, L=L, **size)
+            _, step, *_ = bench_model(device, False, N=N, L=L, **size)
             t = timed(step, device, seconds)
             rows.append(dict(L=L, N=N, step=t, tokens_per_s=1e3 * size["B"] * size["T"] / t[0]))
             print(f"  T = {size['T']}, L = {L:5}, N = {N}: {rows[-1]['tokens_per_s']:12,.0f} tokens/s, "
@@ -1212,7 +1242,7 @@ def bench_wake(device, quick, compile, seconds):
 
 def benchmark(argv=None):
     """Measure the rule, a training step, Figure 6, and waking; print, save and plot it."""
-    p = argparse.ArgumentParser(description=benchmark.__doc__, allow_abbrev=False)
+    p = Parser(description=benchmark.__doc__, allow_abbrev=False)
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     p.add_argument("--quick", action="store_true", help="fewer cases, shorter: does it run?")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA only")
@@ -1224,11 +1254,12 @@ def benchmark(argv=None):
         out = pick_out(args, "benchmark")
         out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as e:
-        p.exit(2, f"{p.prog}: {e}\n")
-    compile = device == "cuda" if args.compile is None else args.compile and can_compile(device)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+        p.error(e)
+    compile = (device == "cuda" if args.compile is None else args.compile) and can_compile(device)
+    torch._dynamo.config.recompile_limit = 64          # one graph for each shape and kind of call
     if device == "cuda":
         torch.set_float32_matmul_precision("high")                             # TF32
+    name = describe(device)
     print(f"{name}, torch {torch.__version__}, {'compiled' if compile else 'eager'}; medians and "
           "interquartile ranges")
     results, settings = dict(device=name, torch=str(torch.__version__), compile=compile), (
@@ -1265,12 +1296,15 @@ def plot_benchmark(results, path):
     for n in sorted({r["N"] for r in results["bench_L"]}):
         rows = [r for r in results["bench_L"] if r["N"] == n]
         axes[2].plot([r["L"] for r in rows], [r["tokens_per_s"] for r in rows], "o-", label=f"N = {n}")
-    axes[2].set(xscale="log", yscale="log", xlabel="L", ylabel="training tokens per second",
-                title="Figure 6")
+    windows = sorted({r["L"] for r in results["bench_L"]})
+    axes[2].set(xscale="log", yscale="log", xlabel="L; the last is one window of all T tokens",
+                ylabel="training tokens per second", title="Figure 6")
+    axes[2].set_xticks(windows, windows, minor=False)
     for what, label in (("wake", "a token, awake"), ("sleep", "a sleep")):
         axes[3].plot([r["N"] for r in results["bench_wake"]],
                      [r[what][0] for r in results["bench_wake"]], "o-", label=label)
-    axes[3].set(yscale="log", xlabel="N", ylabel="ms", title="one stream")
+    axes[3].set(xscale="log", yscale="log", xlabel="N", ylabel="ms", title="one stream")
+    axes[3].set_xticks(N, N, minor=False)
     for ax in axes:
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)

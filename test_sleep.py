@@ -698,14 +698,27 @@ def test_the_film_and_the_experiments_draw_what_they_promise():
         with contextlib.redirect_stdout(printed):
             train_ca.film("run/N2-seed0.pt")
             train_ca.experiment("iterated", shlex.split(SMALL))
-        assert "S after pass 2: cell 0 of steps 0..2" in printed.getvalue()
+        frames = json.loads(Path("run/N2-seed0-film.json").read_text())
+        assert list(frames) == [f"{what}{when}" for what in "hS" for when in (
+            " before", " after pass 1", " after pass 2", ", shuffled labels")]
+        assert min(frames["h before"]["steps"][0]) > 0.95 and frames["S before"]["norm"] == 0
+        assert len(frames["S after pass 2"]["steps"]) == 3 and "h before" in printed.getvalue()
         runs = json.loads(Path("out/ca-experiments/iterated.json").read_text())["runs"]
         assert [run["flags"] for run in runs] == train_ca.EXPERIMENTS["iterated"]
         for image in ("run/N2-seed0-film.png", "out/ca-experiments/iterated.png"):
             assert Path(image).read_bytes()[:4] == b"\x89PNG"
-        status = subprocess.run([sys.executable, HERE / "train_ca.py", "--film", "run/results.json"],
-                                capture_output=True, text=True)
-        assert status.returncode == 1 and "no checkpoint of train_ca.py" in status.stderr
+        assert script(train_ca, f"{SMALL} --L 4 --N 2 --out other")[0] == 0
+        for words, flags in (("no checkpoint of train_ca.py", "--film run/results.json"),
+                             ("models with L = W", "--film other/N2-seed0.pt"),
+                             ("takes no other flag", "--film run/N2-seed0.pt --steps 3"),
+                             ("invalid choice", "--experiment all")):
+            err = io.StringIO()
+            with contextlib.redirect_stderr(err):
+                try:
+                    train_ca.main(flags.split())
+                except SystemExit as e:
+                    assert e.code == 2
+            assert words in err.getvalue() and err.getvalue().count("\n") == 1, err.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1053,6 +1066,9 @@ def test_a_word_problem_is_laid_out_as_documented():
                 last = " ".join(text.split()[-ask:])
                 assert task.show(row, wanted).endswith(f"  {last} {wanted[-1] - 11}")
         assert seen == set(task.args.T)
+    for task in (problems(), problems(TERSE), problems(preset="paper")):
+        words = [task.text(torch.tensor([i])) for i in range(1, task.vocab_size)]
+        assert len(set(words)) == len(words)
 
 
 def test_a_solver_that_reads_only_the_text_finds_every_answer_and_counts_its_operations():
@@ -1111,7 +1127,7 @@ def test_without_a_needed_sentence_there_is_no_answer_and_every_number_in_it_cou
                     other = solve([*sentences[:i], [name, *said], *sentences[i + 1:]], asked, x.p)
                     assert other[0] != answer
                     counted[reverse] += 1
-        assert min(counted[False], counted[True]) > n // 4
+        assert min(counted[False], counted[True]) > n // 10
 
 
 def test_distractors_and_the_order_of_the_sentences_change_nothing():
@@ -1280,9 +1296,12 @@ def test_problems_are_made_again_bit_for_bit():
     with tempfile.TemporaryDirectory() as folder:
         load = lambda **kw: train_gsm.load_problems(dict(task.settings, **kw), 48, 0, 60, folder)[0]
         first = load()
+        assert torch.equal(torch.from_numpy(first[:, :-1]).long(), a.test[0])
         (path,) = Path(folder).iterdir()
         assert (load() == first).all() and (load(p=5) != first).any()
-        assert torch.equal(torch.from_numpy(first[:, :-1]).long(), a.test[0])
+        (other,) = {*Path(folder).iterdir()} - {path}
+        path.write_bytes(other.read_bytes())                   # of other settings: made anew
+        assert (load() == first).all()
         path.write_bytes(b"PK broken")
         refused("delete it", load)
 
@@ -1403,7 +1422,7 @@ def test_any_N_draws_N_for_every_batch_and_tests_with_the_largest():
             (run,) = json.loads((Path(out) / "results.json").read_text())["runs"]
     finally:
         SleepLM.forward = forward
-    *trained, _ = [N for learning, N in seen if learning]              # the last call counts FLOP
+    trained = [N for learning, N in seen if learning]
     assert len(trained) == 16 and set(trained) == {1, 2, 3}
     assert {N for learning, N in seen if not learning} == {3} and run["N"] == 3
 
@@ -1411,18 +1430,23 @@ def test_any_N_draws_N_for_every_batch_and_tests_with_the_largest():
 def test_a_cuda_graph_replays_the_gradients_of_the_eager_step():
     if not torch.cuda.is_available():
         return print("      (no CUDA here: nothing to replay)")
-    task, results = tapes("--device cuda"), []
-    for compile in (False, True):
-        torch.manual_seed(0)
-        model = SleepLM(Config(3, task.T, 16, 2, "as", 64, 2)).cuda()
-        torch.nn.init.normal_(model.head.weight)
-        gradients = sleep.fuse(model, compile, False)
-        for step in range(3):
-            loss = gradients(*task.make_batch(step))
-            results.append([loss.clone()] + [p.grad.clone() for p in model.parameters()])
-    for eager, replayed in zip(results[:3], results[3:]):
-        for a, b in zip(eager, replayed):
-            close(b, a, 1e-3)
+    task = tapes("--device cuda")
+    batches = [[x[:n] for x in task.make_batch(step)] for step, n in enumerate((256, 64, 256, 256))]
+    for again in (False, True):
+        results = []
+        for compile in (False, True):
+            torch.manual_seed(0)
+            model = SleepLM(Config(3, task.T, 16, 2, "as", 64, 2)).cuda()
+            torch.nn.init.normal_(model.head.weight)
+            gradients = sleep.make_gradients(model, compile, again)
+            for step, batch in enumerate(batches):             # two shapes; the last step thaws a block
+                model.blocks[0].requires_grad_(step == 3)
+                loss = gradients(*batch)
+                results.append([loss.clone()] + [torch.zeros(1) if p.grad is None else p.grad.clone()
+                                                 for p in model.parameters()])
+        for eager, replayed in zip(results[:4], results[4:]):
+            for a, b in zip(eager, replayed):
+                close(b, a, 1e-3)
 
 
 def test_both_optimizers_step_with_their_own_rate_that_cools_down():
@@ -1506,7 +1530,7 @@ def test_a_script_writes_the_results_that_it_promises():
             assert r["curve"][-1]["exact"] == r["exact"]
         assert (Path(out) / "plot.png").read_bytes()[:4] == b"\x89PNG"
         assert "constant guess" in text and "parameters" in text and "is wrong in" in text
-        assert "| 2 | 1 | 8 |" in text
+        assert re.search(r"\| 2 \| 1 \| [\d,]+ \| 8 \| 0.0M \|", text)
         (Path(out) / "plot.png").unlink()
         assert script(train_ca, f"--plot_only --out {out}")[0] == 0
         assert (Path(out) / "plot.png").exists()
@@ -1538,7 +1562,7 @@ def test_a_resumed_run_is_a_straight_run():
         assert same(x["model"], y["model"])
         strip = lambda run: [{k: v for k, v in p.items() if k != "seconds"} for p in run["curve"]]
         assert strip(x["run"]) == strip(y["run"])
-        assert calls == [-1, 0, 1, 2, 3, 4, 4, 5, -1, 6, 7, 8]
+        assert calls == [-1, 0, 0, 1, 2, 3, 4, 4, 5, -1, 0, 6, 7, 8, 0]    # 0: are there data? costs?
 
 
 def test_resume_refuses_other_settings_and_broken_files():
@@ -1617,8 +1641,10 @@ def test_a_script_refuses_bad_input_in_one_line_with_status_2():
             ("--lr_muon must be", "--lr_muon -1"), ("--lr_adamw must be", "--lr_adamw nan"),
             ("invalid int", "--t three"), ("unrecognized", "--bogus"), ("unrecognized", "--step 3"),
             ("device 'tpu'", "--device tpu"), ("no out", "--resume --preset paper"),
-            ("not a folder", f"--out {__file__}"), ("cannot be made", f"--out {__file__}/x"), ("update_rule", "--update_rule oja"),
-            ("--N_test must be", "--N_test 0"), ("--warmup 500", "--warmup 500"), ("--cooldown from", "--cooldown 2"),
+            ("not a folder", f"--out {__file__}"), ("cannot be made", f"--out {__file__}/x"),
+            ("update_rule", "--update_rule oja"), ("--N_test must be", "--N_test 0"),
+            ("--warmup 500", "--warmup 500"), ("hard eviction", "--carry h --eviction sliding"),
+            ("--think 0", "--think 0"), ("invalid choice", "--experiment all"), ("--cooldown from", "--cooldown 2"),
             ("--seed must be", "--seed 0 99999999999"), ("--seed must be", "--seed -1"),
             *([] if torch.cuda.is_available() else [("no cuda device here", "--device cuda")])):
         status, _, err = script(train_ca, f"--device cpu {flags}")
@@ -1642,7 +1668,7 @@ def test_the_benchmark_measures_all_its_parts():
     assert {"recurrent", "chunked"} <= rules
     assert all(row["error"] < 1e-5 and row["both"][0] > 0 for row in results["bench_rule"])
     assert [row["N"] for row in results["bench_N"]] == [1, 2] == [r["N"] for r in results["bench_wake"]]
-    assert all(0 < row["floor"] < 1.5 and row["peak"] > 1e6 for row in results["bench_N"])
+    assert all(0 < row["share"] < 1.5 and row["peak"] > 1e6 for row in results["bench_N"])
     assert {row["L"] for row in results["bench_L"]} == {64, 256}
     row = results["bench_wake"][0]                     # float32: S is 2 x 32 x 32, K and V 64 each
     assert row["bytes_S"] == 4 * 2 * 32 * 32 and row["bytes_cache"] == 4 * 64 * 2 * 64
@@ -1676,7 +1702,7 @@ def test_every_command_of_the_readme_parses_and_the_short_ones_run():
         p, args = sleep.parse("", module.PRESETS, module.add_flags, flags)
         task = getattr(module, TASKS[module.__name__])(args, 0)
         Config(task.vocab_size, task.T, args.L, args.N[0], args.layout, args.d_model, args.n_head)
-        if args.steps <= 20:
+        if args.steps == 10:
             with tempfile.TemporaryDirectory() as out:
                 done = subprocess.run([sys.executable, HERE / file, *flags], cwd=out,
                                       capture_output=True, text=True)
@@ -1715,7 +1741,8 @@ def test_the_readme_states_every_choice_that_the_code_marks():
     readme = (HERE / "README.md").read_text()
     section = readme.split("## Where the paper is silent")[1].split("\n## ")[0]
     for file, word in (("sleep.py", "half-lives"), ("sleep.py", "weight decay"),
-                       ("train_ca.py", "ring"), ("train_khop.py", "law of n"), ("train_gsm.py", "problems are made")):
+                       ("train_ca.py", "ring"), ("train_khop.py", "law of n"),
+                       ("train_gsm.py", "problems are made")):
         marks = re.findall(r"paper does not say:.*?\.", (HERE / file).read_text(), re.S)
         assert any(word in mark for mark in marks), (file, word)
         assert word in section.lower(), word

@@ -7,8 +7,10 @@ label is asked for. The tapes take the same room whatever t is: only the questio
     0 1 1 0 | 1 0 0 1 | = y1        inputs of two tapes of W = 4 cells, three windows
                         y1 y2       targets of the last window
 
-    python train_ca.py                    N = 1 against N = 3, minutes on two CPU cores
-    python train_ca.py --preset paper     Section 6.1's model and data, for a GPU
+    python train_ca.py                            N = 1 against N = 3, minutes on two CPU cores
+    python train_ca.py --preset paper             Section 6.1's model and data, for a GPU
+    python train_ca.py --experiment iterated      what readers of the paper ask, see EXPERIMENTS
+    python train_ca.py --film out/ca-cpu/N3-seed0.pt      the sleep film of a trained model
 
 paper does not say: where the tape ends; here it is a ring. Between borders of zeros the first cell
 would be constant from t = 12 on.
@@ -45,12 +47,13 @@ def add_flags(f):
                    help="what a pass of a sleep hands to the next; without S only the last pass writes")
     f.add_argument("--think", type=int, default=1, help="passes over the answer window")
     f.add_argument("--detach", type=int, default=0,
-                   help="gradients reach the last so many passes of a sleep only; 0: all")
+                   help="gradients pass through the last so many passes of a sleep only, and skip "
+                   "the others; 0: all")
     add_more_flags(f)
 
 
 def add_more_flags(f):
-    f.add_argument("--experiment", choices=list(EXPERIMENTS), help="run one of EXPERIMENTS, see the file")
+    f.add_argument("--experiment", choices=list(EXPERIMENTS), help="run one of EXPERIMENTS, see there")
     f.add_argument("--film", metavar="CHECKPOINT", help="draw what a sleep works out, pass by pass")
 
 
@@ -70,10 +73,11 @@ class Experiment(sleep.SleepLM):
         self.carry, self.think, self.detach = carry, think, detach
 
     def sleep(self, h, memory, done=0):
-        S = memory.S
+        start, S = h, memory.S
+        skip = lambda now, then: None if now is None else now.detach() + then - then.detach()
         for n in range(self.cfg.N):
-            if self.detach and n == self.cfg.N - self.detach:
-                h, S = h.detach(), [x if x is None else x.detach() for x in S]
+            if self.detach and n == self.cfg.N - self.detach:  # numbers of now, gradients of then
+                h, S = skip(h, start), [skip(*pair) for pair in zip(S, memory.S)]
             refined, written, _ = self.one_pass(h, S, memory.cache, 0, len(self.blocks))
             h = refined if "h" in self.carry else h
             S = written if "S" in self.carry or n == self.cfg.N - 1 else S
@@ -84,6 +88,9 @@ class Experiment(sleep.SleepLM):
         for _ in range(self.think):        # each from the S before the window: S of a pass knows labels
             h, S, cache = self.one_pass(h, *memory, 0, len(self.blocks))
         return self.head(self.norm(h)), sleep.Memory(S, cache)
+
+    def stream(self, tokens, state=None):
+        raise ValueError("an Experiment does not stream: its sleep begins with all of the window.")
 
 
 class Tapes:
@@ -105,8 +112,8 @@ class Tapes:
         change = dict(carry=args.carry, think=args.think, detach=args.detach)
         if change != dict(carry="hS", think=1, detach=0):
             if args.eviction != "hard" or args.loop != "all" or min(args.think, args.detach + 1) < 1:
-                raise ValueError(f"--carry {args.carry} --think {args.think} --detach {args.detach}: with "
-                                 "one of these take hard eviction, --loop all, and no negative number.")
+                raise ValueError(f"--carry {args.carry} --think {args.think} --detach {args.detach}: these "
+                                 "take hard eviction, --loop all, and no negative number.")
             self.model = partial(Experiment, **change)
         self.test = self.make_batch(-1)
         labels = self.test[1]
@@ -156,69 +163,95 @@ class Tapes:
 # ------------------------------------------------------------------------------------------------
 # Experiments: python train_ca.py --experiment NAME [flags for all of its runs]
 
-EXPERIMENTS = {                            # the flags of every condition; a finished one is not run again
+EXPERIMENTS = {                            # the flags of every condition
+    # What is iterated: h, S, or both? Without h every pass reads the embeddings again.
     "iterated": ["--N 3", "--N 3 --carry h", "--N 3 --carry S", "--N 1"],
-    "difficulty": [f"{task} --N {N}" for task in ("--t 0", "--t 1", "--rule 90 --t 4", "--rule 90", "")
-                   for N in (1, 3)],
+    # Depth or difficulty? t = 0 and 1 ask for storage only; Rule 90 is an XOR of few cells at any t.
+    "difficulty": [f"{task} --N {N}".strip() for task in ("--t 0", "--t 1", "--rule 90 --t 4",
+                                                          "--rule 90", "") for N in (1, 3)],
+    # Is it just compute? As deep without sharing weights, as wide with as many, looped at the answer.
     "compute": ["--N 1", "--N 3", "--N 1 --layout asasas", "--N 1 --d_model 112", "--N 1 --think 3"],
+    # Other N at test than in training?
     "other_N": [f"{train} --N_test 1 2 3 4 6 8 12 16" for train in
                 ("--N 1", "--N 2", "--N 3", "--N 4", "--N 4 --any_N")],
+    # Does the rule matter?
     "rule": [f"--update_rule {rule} --N {N}".replace("--update_rule gated_delta ", "")
              for rule in ("hebbian", "gated_hebbian", "delta", "gated_delta") for N in (1, 3)],
+    # What does the short convolution do, at equal tokens and at equal compute?
     "conv": [f"{conv} {cost}".strip() for conv in ("--conv ''", "--conv a", "--conv s", "")
              for cost in ("--N 1", "--N 1 --steps 1500", "--N 3")],
+    # Is it stable? With --seed 0 1 2 3 4.
     "seeds": ["--N 1", "--N 3"],
+    # Does the gradient have to reach all passes?
     "gradient": ["--N 3", "--N 3 --detach 2", "--N 3 --detach 1"],
+    # Loop the SSM block only, or the attention block only?
     "span": ["--N 3", "--N 3 --loop 1:2", "--N 3 --loop 0:1", "--N 1"],
 }
 
 
 def experiment(name, argv):
-    """Run what is missing of an experiment, then write its runs to one file and draw them."""
+    """Run what is missing of an experiment, then write its runs to one file and draw them.
+
+    Conditions are shared: what another experiment has finished is not run again.
+    """
     folder, runs = Path("out/ca-experiments"), []
     for flags in EXPERIMENTS[name]:
         trained = flags.split(" --N_test")[0]
         out = folder / re.sub("[^a-zA-Z0-9]+", "-", " ".join([trained, *argv])).strip("-")
         sleep.main(__doc__, PRESETS, add_flags, Tapes,
-                   [*shlex.split(flags), *argv, "--out", str(out), "--resume"])
+                   ["--preset", "cpu", *argv, *shlex.split(flags), "--out", str(out), "--resume"])
         runs += [run | dict(flags=trained) for run in sleep.load_results(out / "results.json")]
     sleep.write(folder / f"{name}.json", lambda p: p.write_text(json.dumps(dict(runs=runs), indent=1)))
-    plot_experiment(runs, folder / f"{name}.png")
+    N_test = "--N_test" in EXPERIMENTS[name][0]
+    (plot_N_test if N_test else plot_conditions)(runs, folder / f"{name}.png")
     print(f"saved: {folder / name}.json and .png")
 
 
-def plot_experiment(runs, path):
-    """Exact match of every seed and the mean, by condition; lines over N at test if there are any."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def by_flags(runs):
     groups = {}
     for run in runs:
         groups.setdefault(run["flags"], []).append(run)
+    return groups
+
+
+def figure():
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    for i, (flags, group) in enumerate(groups.items()):
-        if group[0]["N_test"] and len(group[0]["N_test"]) > 2:
-            N = [int(n) for n in group[0]["N_test"]]
-            values = np.array([[m["exact"] for m in run["N_test"].values()] for run in group])
-            ax.plot(N, values.mean(0), f"C{i}-", label=f"trained with {flags}")
-            ax.plot(N, values.T, f"C{i}.", ms=4)
-            ax.set(xscale="log", xticks=N, xticklabels=N, xlabel="passes at the test")
-        else:
-            values = np.array([run["exact"] for run in group])
-            color = f"C{0 if group[0]['N'] == 1 else 1}"
-            ax.barh(-i, values.mean(), color=color, alpha=0.4)
-            ax.plot(values, [-i] * len(values), f"{color}o", ms=4)
-            ax.plot([group[0]["chance"]["exact"]] * 2, [-i - 0.4, -i + 0.4], "k--", lw=1)
-            ax.set(yticks=range(-len(groups) + 1, 1), yticklabels=list(groups)[::-1], xlim=(0, 1.02),
-                   xlabel="all bits right: seeds, mean; dashed: constant guess")
-    if ax.get_legend_handles_labels()[0]:
-        guess = runs[0]["chance"]["exact"]
-        ax.axhline(guess, color="gray", ls="--", label=f"constant guess {guess:.3f}")
-        ax.set_ylabel("all bits right: seeds, mean")
-        ax.legend(fontsize=7)
     ax.grid(alpha=0.3)
+    return fig, ax
+
+
+def plot_conditions(runs, path):
+    """Exact match of every seed and the mean, by condition."""
+    fig, ax = figure()
+    groups = by_flags(runs)
+    for i, group in enumerate(groups.values()):
+        values, guess = [run["exact"] for run in group], group[0]["chance"]["exact"]
+        color = f"C{min(group[0]['N'], 2) - 1}"                # N = 1 or more
+        ax.barh(-i, np.mean(values), color=color, alpha=0.4)
+        ax.plot(values, [-i] * len(values), f"{color}o", ms=4)
+        ax.plot([guess, guess], [-i - 0.4, -i + 0.4], "k--", lw=1)
+    ax.set(yticks=range(1 - len(groups), 1), yticklabels=list(groups)[::-1], xlim=(0, 1.02),
+           xlabel="all bits right: seeds, mean; dashed: constant guess")
     sleep.write(path, lambda p: fig.savefig(p, format="png", dpi=120))
-    plt.close(fig)
+
+
+def plot_N_test(runs, path):
+    """Exact match of every seed and the mean against N at the test."""
+    fig, ax = figure()
+    for i, (flags, group) in enumerate(by_flags(runs).items()):
+        N = sorted(map(int, group[0]["N_test"]))
+        values = np.array([[run["N_test"][str(n)]["exact"] for run in group] for n in N])
+        ax.plot(N, values.mean(1), f"C{i}-", label=f"trained with {flags}")
+        ax.plot(N, values, f"C{i}.", ms=4)
+    guess = runs[0]["chance"]["exact"]
+    ax.axhline(guess, color="gray", ls="--", label=f"constant guess {guess:.3f}")
+    ax.set(xscale="log", xlabel="N at the test", ylabel="all bits right: seeds, mean")
+    ax.set_xticks(N, N, minor=False)
+    ax.legend(fontsize=7)
+    sleep.write(path, lambda p: fig.savefig(p, format="png", dpi=120))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -257,17 +290,22 @@ def film(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         s = saved["run"]["settings"] | dict(device="cpu", batch_size=6000)
         task = Tapes(argparse.Namespace(**s), s["seed"] + 1)   # the probe has data of its own
-        model = sleep.SleepLM(sleep.config(task, s))
-        model.load_state_dict(saved["model"])
-    except Exception as e:
-        raise SystemExit(f"--film {path}: this is no checkpoint of train_ca.py ({type(e).__name__}).")
-    W, t = task.W, task.t
+    except Exception as e:                 # torch.load raises many kinds for a broken file
+        raise ValueError(f"{path} is no checkpoint of train_ca.py ({type(e).__name__}).") from None
+    W, t, cfg = task.W, task.t, sleep.config(task, s)
+    features = max(cfg.L * cfg.d_model, cfg.layout.count("s") * cfg.d_model ** 2 // cfg.n_head)
+    if cfg.L != W or cfg.loop != "all" or "s" not in cfg.layout or hasattr(task, "model") or features > 8000:
+        raise ValueError(f"{path}: the film shows models with L = W, --loop all, an SSM block, nothing "
+                         f"changed by --carry, --think or --detach, and at most 8,000 numbers in h or S "
+                         f"(here {features:,}).")
+    model = sleep.SleepLM(cfg)
+    model.load_state_dict(saved["model"])
     tapes = [x[0][:, :W * task.n_tapes].reshape(-1, W) for x in (task.make_batch(0), task.test)]
-    rows = [torch.stack([evolve(x, task.rule, r) for r in range(t + 1)], 1) for x in tapes]   # (B, t+1, W)
+    rows = [torch.stack([evolve(x, task.rule, r) for r in range(t + 1)], 1) for x in tapes]
     y, y_test = (2.0 * x.roll(W // 2, -1).flatten(1) - 1 for x in rows)        # cell 0 in the middle
     frames, frames_test = (watch(model, x) for x in tapes)
     shuffled = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
-    N = model.cfg.N
+    N, scores = model.cfg.N, {}
     fig, axes = plt.subplots(2, N + 3, figsize=(2.1 * (N + 3), 4.4), layout="constrained")
     for ax, tape in zip(axes[:, 0], rows[1][[0, 1]]):
         ax.imshow(tape.roll(W // 2, -1), cmap="binary", aspect="auto")
@@ -277,28 +315,41 @@ def film(path):
         for n in range(N + 2):
             k = min(n, N)                  # the last column: the control
             score = probe(frames[k][row], y if n <= N else shuffled, frames_test[k][row], y_test)
+            title = (f"{what} before" if n == 0 else f"{what} after pass {n}" if n <= N else
+                     f"{what}, shuffled labels")
+            scores[title] = dict(norm=frames[k][row].norm(dim=1).mean().item(),
+                                 steps=score.view(t + 1, W).tolist())
             ax = axes[row, n + 1]
             image = ax.imshow(score.view(t + 1, W), cmap="viridis", vmin=0, vmax=1, aspect="auto")
-            ax.set_title(f"{what} before" if n == 0 else f"{what} after pass {n}" if n <= N else
-                         "shuffled labels", fontsize=9)
-            print(f"{what} after pass {k}{' (shuffled labels)' if n > N else ''}: cell 0 of steps 0..{t}: "
-                  + " ".join(f"{v:.2f}" for v in score.view(t + 1, W)[:, W // 2].tolist()))
+            ax.set_title(title, fontsize=9)
+            shown = " ".join(f"{v:.2f}" for v in score.view(t + 1, W)[:, W // 2].tolist())
+            print(f"{title:20} cell 0 of steps 0..{t}: {shown}; norm {scores[title]['norm']:.2f}")
     for ax in axes.flat:
         ax.set(xticks=[0, W // 2, W - 1], xticklabels=[-(W // 2), 0, W - 1 - W // 2])
     fig.colorbar(image, ax=axes, label="of what a constant guess gets wrong, the probe gets right")
     fig.suptitle(f"{path}: {len(y)} tapes to fit the probes, {len(y_test)} to test them", fontsize=9)
-    out = Path(path).with_name(Path(path).stem + "-film.png")
-    sleep.write(out, lambda p: fig.savefig(p, format="png", dpi=120))
-    print(f"saved: {out}")
+    out = Path(path).with_name(Path(path).stem + "-film")
+    sleep.write(out.with_suffix(".png"), lambda p: fig.savefig(p, format="png", dpi=120))
+    sleep.write(out.with_suffix(".json"), lambda p: p.write_text(json.dumps(scores)))
+    print(f"saved: {out}.png and .json")
+
+
+def main(argv=None):
+    p = sleep.Parser(add_help=False, allow_abbrev=False)
+    add_more_flags(p)
+    args, argv = p.parse_known_args(argv)
+    try:
+        if args.film:
+            if argv or args.experiment:
+                raise ValueError("--film takes no other flag: it draws the checkpoint as it was trained.")
+            film(args.film)
+        elif args.experiment:
+            experiment(args.experiment, argv)
+        else:
+            sleep.main(__doc__, PRESETS, add_flags, Tapes, argv)
+    except ValueError as e:
+        p.error(e)
 
 
 if __name__ == "__main__":
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_more_flags(first)
-    args, argv = first.parse_known_args()
-    if args.film:
-        film(args.film)
-    elif args.experiment:
-        experiment(args.experiment, argv)
-    else:
-        sleep.main(__doc__, PRESETS, add_flags, Tapes)
+    main()

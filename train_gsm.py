@@ -18,6 +18,7 @@ A small preset writes a name as one token and leaves out `is`.
 paper does not say: how its problems are made. The generator is ours, see the README.
 """
 import argparse
+import inspect
 import json
 import multiprocessing
 import os
@@ -25,8 +26,10 @@ import random
 import textwrap
 import zlib
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +43,8 @@ PRESETS = {
                 steps=1600, batch_size=64, lr_muon=7e-3, lr_adamw=3e-3, cooldown=0.15,
                 eval_every=200),
     "gpu": dict(N=[1, 2, 4], ops=8, questions=8, T=[256, 304, 352, 400], L=128, p=11, places=48,
-                animals=12, words=True, reverse=0.25, problems=400_000, tests=1600, layout="asas", d_model=256,
-                n_head=4, taps=4, steps=8000, batch_size=128, lr_muon=2e-3, lr_adamw=1e-3,
+                animals=12, words=True, reverse=0.25, problems=400_000, tests=1600, layout="asas",
+                d_model=256, n_head=4, taps=4, steps=8000, batch_size=128, lr_muon=2e-3, lr_adamw=1e-3,
                 cooldown=0.1, eval_every=400),
     "paper": dict(N=[1, 4], ops=8, questions=8, T=[2000, 2400, 2800, 3200], L=2000, p=11, places=200,
                   animals=12, words=True, reverse=0.25, problems=400_000, tests=1600, layout="as" * 5,
@@ -66,7 +69,8 @@ def add_flags(f):
     f.add_argument("--animals", type=int, help="at most 12; a place has up to three of them")
     f.add_argument("--words", action=argparse.BooleanOptionalAction,
                    help="names of three words and `is`, else one token a name")
-    f.add_argument("--reverse", type=float, help="share of problems that ask for a hidden constant")
+    f.add_argument("--reverse", type=float, help="share of texts drawn to ask for a hidden constant; "
+                   "fewer stay, since more of them have no question that fits")
     f.add_argument("--problems", type=int, help="training problems, drawn again and again")
     f.add_argument("--tests", type=int, help="held-out problems, as many of each number of operations")
     f.add_argument("--data", default="out/gsm-data", help="folder to keep them in")
@@ -74,6 +78,18 @@ def add_flags(f):
 
 # ------------------------------------------------------------------------------------------------
 # The generator
+
+class Quantity(NamedTuple):
+    words: list          # tokens of its name
+    sentence: list       # tokens of its definition; a sum over a place has none
+    value: int
+    edges: int           # reads of its own definition, what GSM-Infinite counts
+    slope: dict          # {u: d value / d u mod p} for itself and every quantity u that it depends on
+
+
+class Full(Exception):
+    """The next sentence does not fit any more."""
+
 
 def name(s, animal, place):
     """The tokens of a quantity, `owl in biki`; animal None: the sum over a place, `all in biki`."""
@@ -83,38 +99,39 @@ def name(s, animal, place):
     return [first + place * (s.animals + 1) + (s.animals if animal is None else animal)]
 
 
-def make_problem(s, T, levels, rng):
-    """A text of T tokens and one question for each number of operations in `levels`.
+def make_text(s, room, rng):
+    """Quantities whose sentences fill `room` tokens, and their numbers by operations, or None.
 
-    Returns tokens, answers, operations (in the order of the questions, negative if reverse) and the
-    sentences, or None if this text has no such question: then the caller draws another one.
+    Places come in random order, each with one to three animals; a place's sum may be spoken of once
+    it is complete. A quantity counts only if no slope is 0, that is if nothing cancels out.
     """
-    names, sentences, constant = [], [], []        # of quantity i; a sum over a place has no sentence
-    values, edges, slopes = [], [], []             # slopes[i] = {u: d i / d u} for all u it depends on
-    by_op = [[] for _ in range(s.ops + 1)]
-    wanted = [0] * (s.ops + 1)                     # how often each number of operations was aimed at
+    quantities, by_op = [], [[] for _ in range(s.ops + 1)]
+    aimed = [0] * (s.ops + 1)              # how often each number of operations was tried for
 
-    def add(words, parents, own_edges, c=0, sentence=None):
-        """Quantity c + sum of factor * parent. False if too deep, or if something cancels out."""
-        i, slope = len(names), {len(names): 1}
+    def add(words, parents, edges, c=0, sentence=()):
+        """Quantity c + sum of factor * parent; False if it takes too many operations, or cancels."""
+        nonlocal room
+        slope = {len(quantities): 1}
         for parent, factor in parents:
-            for u, x in slopes[parent].items():
+            for u, x in quantities[parent].slope.items():
                 slope[u] = (slope.get(u, 0) + factor * x) % s.p
-        op = own_edges + sum(edges[u] for u in slope if u != i)
+        op = edges + sum(quantities[u].edges for u in slope if u < len(quantities))
         if op > s.ops or not all(slope.values()):
             return False
-        names.append(words), sentences.append(sentence), constant.append(not parents)
-        values.append((c + sum(factor * values[parent] for parent, factor in parents)) % s.p)
-        edges.append(own_edges), slopes.append(slope)
-        by_op[op].append(i)
+        if len(sentence) > room:
+            raise Full
+        room -= len(sentence)
+        value = c + sum(factor * quantities[parent].value for parent, factor in parents)
+        by_op[op].append(len(quantities))
+        quantities.append(Quantity(words, list(sentence), value % s.p, edges, slope))
         return True
 
-    def draw(words, level):
+    def define(words, level):
         """Try to define `words` with `level` operations; any number up to s.ops will do."""
-        x, number = words + [IS] * s.words, 11                 # token of the number 0
+        x, zero = words + [IS] * s.words, 11                   # token of the number 0
         if level == 1:
             c = rng.randrange(s.p)
-            return add(words, [], 1, c, x + [number + c, END])
+            return add(words, [], 1, c, x + [zero + c, END])
         for _ in range(40):
             form, c = rng.choice(FORMS), rng.randint(2, 4)
             below = level - 1 if form == "copy" else level - 2
@@ -124,78 +141,81 @@ def make_problem(s, T, levels, rng):
                     continue
                 y, z = rng.choice(by_op[o]), rng.choice(by_op[below - o])
                 sign, word = (1, PLUS) if form == "plus" else (-1, MINUS)
-                said = names[y] + [word] + names[z]
-                ok = y != z and add(words, [(y, 1), (z, sign)], 2, 0, x + said + [END])
+                said = quantities[y].words + [word] + quantities[z].words
+                done = y != z and add(words, [(y, 1), (z, sign)], 2, 0, x + said + [END])
             else:
                 if below < 1 or not by_op[below]:
                     continue
                 y = rng.choice(by_op[below])
+                said = quantities[y].words + [END]
                 if form == "copy":
-                    ok = add(words, [(y, 1)], 1, 0, x + names[y] + [END])
+                    done = add(words, [(y, 1)], 1, 0, x + said)
                 elif form == "c plus":
                     c -= rng.randint(0, 1)                     # 1 to 4
-                    ok = add(words, [(y, 1)], 2, c, x + [number + c, PLUS] + names[y] + [END])
+                    done = add(words, [(y, 1)], 2, c, x + [zero + c, PLUS] + said)
                 else:
-                    ok = add(words, [(y, c)], 2, 0, x + [number + c, TIMES] + names[y] + [END])
-            if ok:
+                    done = add(words, [(y, c)], 2, 0, x + [zero + c, TIMES] + said)
+            if done:
                 return True
         return False
 
-    reverse = max(levels) > 1 and rng.random() < s.reverse
-    size = 3 if s.words else 1
-    room = T - len(levels) * size - 1 - reverse * (size + s.words + 2)
-    full = False
-    for place in rng.sample(range(s.places), s.places):
-        here = []
-        for animal in rng.sample(range(s.animals), rng.randint(1, min(3, s.animals))):
-            level = 1
-            if s.ops > 1 and rng.random() > 0.3:
-                level = min(range(2, s.ops + 1), key=lambda o: (wanted[o], rng.random()))
-            wanted[level] += 1
-            if not draw(name(s, animal, place), level):
-                continue
-            if len(sentences[-1]) > room:                      # the text is full
-                full = True
-                for row in (names, sentences, constant, values, edges, slopes):
-                    row.pop()
-                for row in by_op:
-                    if row and row[-1] == len(names):
-                        row.pop()
-                break
-            room -= len(sentences[-1])
-            here.append(len(names) - 1)
-        if full:
-            break
-        if here:                                               # closed: its sum may be spoken of
-            add(name(s, None, place), [(i, 1) for i in here], len(here))
-    if not full:                                               # too few names for T tokens
-        return None
+    try:
+        for place in rng.sample(range(s.places), s.places):
+            here = []
+            for animal in rng.sample(range(s.animals), rng.randint(1, min(3, s.animals))):
+                level = 1
+                if s.ops > 1 and rng.random() > 0.3:           # the number that was tried least
+                    level = min(range(2, s.ops + 1), key=lambda o: (aimed[o], rng.random()))
+                aimed[level] += 1
+                if define(name(s, animal, place), level):
+                    here.append(len(quantities) - 1)
+            if here:
+                add(name(s, None, place), [(i, 1) for i in here], len(here))
+    except Full:
+        return quantities, by_op
+    return None                            # the names ran out before the text was full
 
-    asked, answers, ops, hidden = [], [], [], None
+
+def make_problem(s, T, levels, rng):
+    """A text of T tokens and one question for each number of operations in `levels`.
+
+    Returns tokens, answers, operations (in the order of the questions, negative if reverse) and the
+    sentences, or None if this text has no such question: then the caller draws another one.
+    """
+    reverse = max(levels) > 1 and rng.random() < s.reverse
+    size, verb = 3 if s.words else 1, [IS] * s.words
+    # Names of the questions and `?`; in a reverse problem also the sentence that tells a value.
+    text = make_text(s, T - len(levels) * size - 1 - reverse * (size + len(verb) + 2), rng)
+    if text is None:
+        return None
+    quantities, by_op = text
+    sentences, hidden, asked, ops = [q.sentence for q in quantities], None, [], []
     if reverse:
         level = rng.choice([o for o in levels if o > 1])
         if not by_op[level]:
             return None
-        told = rng.choice(by_op[level])
-        hidden = rng.choice([u for u in slopes[told] if constant[u]])
-        sentences[hidden] = names[hidden] + [IS] * s.words + [UNKNOWN, END]
-        sentences.append(names[told] + [IS] * s.words + [11 + values[told], END])
+        told = quantities[rng.choice(by_op[level])]
+        hidden = rng.choice([u for u in told.slope if len(quantities[u].slope) == 1])
+        sentences[hidden] = quantities[hidden].words + verb + [UNKNOWN, END]
+        sentences.append(told.words + verb + [11 + told.value, END])
     for o in levels:
         if reverse and o == level and hidden not in asked:
-            asked.append(hidden), ops.append(-o)
+            asked.append(hidden)
+            ops.append(-o)
             continue
-        free = [i for i in by_op[o] if hidden not in slopes[i] and i not in asked]
+        free = [i for i in by_op[o] if hidden not in quantities[i].slope and i not in asked]
         if not free:
             return None
-        asked.append(rng.choice(free)), ops.append(o)
-    said = [x for x in sentences if x]
-    rng.shuffle(said)
-    text = [x for i in asked for x in names[i]] + [ASK] + [x for sentence in said for x in sentence]
-    answers = [values[i] for i in asked]
-    for i, c in zip(asked, answers):
-        text += [ANSWER, *names[i], *[IS] * s.words, 11 + c]
-    T += len(asked) * (size + s.words + 2)
-    return [PAD] * (T - len(text)) + text, answers, ops, said
+        asked.append(rng.choice(free))
+        ops.append(o)
+    sentences = [x for x in sentences if x]
+    rng.shuffle(sentences)
+    asked = [quantities[i] for i in asked]
+    tokens = [*chain(*(q.words for q in asked)), ASK, *chain(*sentences)]
+    tokens = [PAD] * (T - len(tokens)) + tokens
+    for q in asked:
+        tokens += [ANSWER, *q.words, *verb, 11 + q.value]
+    return tokens, [q.value for q in asked], ops, sentences
 
 
 def make_problems(settings, T, M, numbers):
@@ -212,8 +232,9 @@ def make_problems(settings, T, M, numbers):
                 break
         else:
             raise ValueError(f"no text of {T} tokens with up to {s.ops} operations was found in 1000 "
-                             "tries: take more --places, a longer --T, or fewer --ops.")
-        rows.append(problem[0]), ops.append(problem[2])
+                             "tries: take more --places, a longer --T, fewer --ops or fewer --questions.")
+        rows.append(problem[0])
+        ops.append(problem[2])
     kind = np.uint8 if vocabulary(s) <= 256 else np.int16
     return np.array(rows, kind), np.array(ops, np.int8)
 
@@ -227,7 +248,10 @@ def load_problems(settings, T, M, n, folder):
 
     Returns tokens (n, T + answers) and the operations of the questions (n, M), negative if reverse.
     """
-    what = json.dumps(dict(settings, T=T, questions=M, problems=n), sort_keys=True)
+    generator = f"{WORDS} {FORMS}" + "".join(
+        map(inspect.getsource, (name, make_text, make_problem, make_problems)))
+    what = json.dumps(dict(settings, T=T, questions=M, problems=n, generator=zlib.crc32(
+        generator.encode())), sort_keys=True)
     path = Path(folder) / f"{'train' if M else 'test'}-T{T}-{zlib.crc32(what.encode()):08x}.npz"
     if path.exists():
         try:
@@ -237,16 +261,17 @@ def load_problems(settings, T, M, n, folder):
         except Exception as e:             # np.load raises many kinds for a broken file
             raise ValueError(f"{path} cannot be read ({type(e).__name__}): delete it, and these "
                              "problems will be made anew.") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
     job = partial(make_problems, settings, T, M)
     jobs = [range(i, min(i + 500, n)) for i in range(0, n, 500)]
-    bar = partial(tqdm, total=len(jobs), desc=f"problems with T = {T}, by 500", disable=None, leave=False)
+    bar = partial(tqdm, total=len(jobs), desc=f"500 problems each, T = {T}", disable=None, leave=False)
     if len(jobs) <= 4:
         parts = list(bar(map(job, jobs)))
     else:
-        with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), len(jobs))) as pool:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        with multiprocessing.get_context("spawn").Pool(min(cores, len(jobs))) as pool:
             parts = list(bar(pool.imap(job, jobs)))
     tokens, ops = (np.concatenate(x) for x in zip(*parts))
-    path.parent.mkdir(parents=True, exist_ok=True)
 
     def save(p):
         with open(p, "wb") as f:
@@ -268,8 +293,8 @@ class Problems:
         self.vocab_size = vocabulary(SimpleNamespace(**self.settings))
         self.ask = 5 if args.words else 2                      # tokens of `answer fox in biki is`
         self.T = self.lengths[-1] + args.questions * (self.ask + 1) - 1
-        if args.p < 5 or any(args.p % i == 0 for i in range(2, args.p)):
-            raise ValueError(f"--p {args.p} must be a prime of 5 or more: then every factor has an "
+        if not 5 <= args.p < 100 or any(args.p % i == 0 for i in range(2, args.p)):
+            raise ValueError(f"--p {args.p} must be a prime from 5 to 97: then every factor has an "
                              "inverse, and reverse problems one solution.")
         if args.ops < 1 or args.questions < 1:
             raise ValueError(f"--ops {args.ops} and --questions {args.questions} must be at least 1.")
@@ -347,7 +372,7 @@ class Problems:
 
     def show(self, tokens, targets, guess=None):
         start = len(tokens) + 1 - (self.ask + 1) * ((len(targets) + 1) // (self.ask + 1))
-        lines = textwrap.wrap(self.text(tokens[:start]), 92)
+        lines = textwrap.wrap(self.text(tokens[:start]), 92, break_on_hyphens=False)
         for i in (targets >= 0).nonzero().flatten().tolist():
             end = len(tokens) - len(targets) + i + 1
             said = "" if guess is None else f"; the model says {self.text(guess[i: i + 1]) or 'nothing'}"
