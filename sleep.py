@@ -20,6 +20,8 @@ plain attention-SSM hybrid.
   Eq. 1-2  Attention                    Eq. 6, Section 6.3      Config.loop
   Eq. 3    gated_delta_rule             Algorithm 1             SleepLM.forward
   Eq. 4-5  Block, Config.layout         Algorithm 1, lines 6-7  SleepLM.sleep
+
+Nothing runs on import. `python sleep.py` runs the benchmark at the end of the file (Section 6.5).
 """
 import argparse
 import json
@@ -1016,8 +1018,10 @@ def main(doc, presets, add_task_flags, Task, argv=None):
                                   but=("compile", "recompute", "N", "seed"))
         plans[0][0].make_batch(0)          # data that has to be made first is made here
         task.chance
-    except (ValueError, OSError) as e:
+    except ValueError as e:
         p.error(e)
+    except OSError as e:
+        p.error(f"{e.filename} cannot be used ({e.strerror}): choose another folder.")
 
     if args.compile and not can_compile(args.device):
         print("torch.compile finds no compiler here: going on without it.")
