@@ -1092,7 +1092,7 @@ def bench_rule(device, quick, compile, seconds):
     """Time and error of every form of the rule: forward, and forward and backward.
 
     Keys repeat (4 of them, the hard case, see unit_lower_inverse); q, k, v are bfloat16 numbers, as
-    the matrix products of a block make them on a GPU. The error is the grad_norm relative distance of
+    the matrix products of a block make them on a GPU. The error is the largest relative distance of
     o, S and the six gradients from the recurrent rule in float64; on CUDA our forms take TF32
     products, and the kernel's casts to bfloat16 are part of its time.
     """
