@@ -824,7 +824,7 @@ def train(task, cfg, settings, out, report, resume=False, N_test=(), lesion=Fals
                peak_memory=0, chance=task.chance, curve=[], settings=settings,
                torch=str(torch.__version__), device=describe(device))
     total, since = 0.0, 0                  # training loss, summed since the last evaluation
-    grad_norm = torch.zeros((), device=device)           # gradient norm since then
+    grad_norm = torch.zeros((), device=device)         # the largest since then
     seen = 0                               # tokens since the last report
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -1022,6 +1022,8 @@ def main(doc, presets, add_task_flags, Task, argv=None):
         p.error(e)
     except OSError as e:
         p.error(f"{e.filename} cannot be used ({e.strerror}): choose another folder.")
+    except KeyboardInterrupt:
+        p.exit(1, "stopped before training began; nothing was saved\n")
 
     if args.compile and not can_compile(args.device):
         print("torch.compile finds no compiler here: going on without it.")

@@ -23,6 +23,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import textwrap
 import zlib
 from functools import cached_property, partial
@@ -269,7 +270,8 @@ def load_problems(settings, T, M, n, folder):
         parts = list(bar(map(job, jobs)))
     else:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        with multiprocessing.get_context("spawn").Pool(min(cores, len(jobs))) as pool:
+        with multiprocessing.get_context("spawn").Pool(     # Ctrl-C is for this process alone
+                min(cores, len(jobs)), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
             parts = list(bar(pool.imap(job, jobs)))
     tokens, ops = (np.concatenate(x) for x in zip(*parts))
 
