@@ -1157,13 +1157,13 @@ def bench_rule(device, quick, compile, seconds):
     return rows
 
 
-def bench_model(device, compile, T, B, **settings):
-    """A model, f() = one training step on random tokens, four of them predicted, and its batch."""
+def bench_model(device, compile, T, B, M=4, **settings):
+    """A model, f() = one training step on random tokens, M of them predicted, and its batch."""
     torch.manual_seed(0)
     model = SleepLM(Config(vocab_size=3, T=T, **settings)).to(device)
     model.bf16 = device == "cuda"
     gradients, optimizers = make_gradients(model, compile, False), make_optimizers(model, 1e-3, 1e-3)
-    tokens, targets = (torch.randint(3, (B, n), device=device) for n in (T, 4))
+    tokens, targets = (torch.randint(3, (B, n), device=device) for n in (T, M))
 
     def step():
         gradients(tokens, targets)
@@ -1176,7 +1176,7 @@ def bench_N(device, quick, compile, seconds):
     """A training step of Section 6.1 (on a CPU: of the cpu preset of train_ca.py) against N."""
     size = dict(T=100, B=512, L=24, layout="asas", d_model=256, n_head=4)
     if device != "cuda":
-        size = dict(T=34, B=16 if quick else 256, L=16, layout="as", d_model=64, n_head=2, taps=4)
+        size = dict(T=34, B=16 if quick else 256, M=2, L=16, layout="as", d_model=64, n_head=2, taps=4)
     n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     ceiling = 2 * n ** 3 / timed(lambda: a @ b, device, seconds)[0]            # FLOP per ms
@@ -1311,6 +1311,7 @@ def plot_benchmark(results, path):
                      [r[what][0] for r in results["bench_wake"]], "o-", label=label)
     axes[3].set(xscale="log", yscale="log", xlabel="N", ylabel="ms", title="one stream")
     axes[3].set_xticks(N, N, minor=False)
+    axes[3].minorticks_off()
     for ax in axes:
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
