@@ -506,9 +506,10 @@ class SleepLM(nn.Module):
 # A task is built from the settings and a seed, and has
 #   name, vocab_size, T         T = tokens of one sequence
 #   cases                       what the cases of a metric are called, if it has cases
-#   make_batch(step)            -> tokens (B, T), targets (B, M) of training step `step`
-#   test                        tokens, targets that training never shows
-#   score(tokens, targets, logits)     -> {metric: number, or {case: number}}
+#   make_batch(step)            -> tokens (B, T), targets (B, M) of training step `step`, and further
+#                               facts about the batch if score wants them
+#   test                        a batch that training never shows
+#   score(tokens, targets, logits, *facts)     -> {metric: number, or {case: number}}
 #   chance                      the same metrics of the best constant guess
 #   show(tokens, targets, guess=None)  -> one example as text
 #   model(cfg)                  if it is not to be SleepLM
@@ -771,6 +772,7 @@ def number(value):
 
 
 def line(metrics):
+    """All metrics as one line of text."""
     return " | ".join(f"{name} {number(value)}" for name, value in metrics.items())
 
 
@@ -852,7 +854,8 @@ def train(task, cfg, settings, out, report, resume=False, N_test=(), lesion=Fals
             warming = step < settings["warmup"]
             model.cfg.eviction = "hard" if warming else settings["eviction"]
             if settings["any_N"]:
-                model.cfg.N = random.Random(step).randint(1, settings["N"])
+                key = settings["seed"] * 10 ** 9 + step
+                model.cfg.N = random.Random(key).randint(1, settings["N"])
             for block in model.blocks:
                 block.requires_grad_(block.kind == "s" or not warming)
             tokens, targets, *_ = task.make_batch(step)
@@ -878,10 +881,10 @@ def train(task, cfg, settings, out, report, resume=False, N_test=(), lesion=Fals
             seen = 0
             if evaluating:
                 metrics, _ = evaluate(model, task, task.test, N=settings["N"])
-                fresh, _ = evaluate(model, task, task.make_batch(done), N=settings["N"])   # the next
+                next_batch, _ = evaluate(model, task, task.make_batch(done), N=settings["N"])
                 run.update(metrics, seconds=round(time.time() - start, 1))
                 run["curve"].append(dict(step=done, tokens=run["tokens"], seconds=run["seconds"],
-                                         train_loss=mean, grad_norm=grad_norm.item(), train=fresh,
+                                         train_loss=mean, grad_norm=grad_norm.item(), train=next_batch,
                                          **metrics))
                 total, since, grad_norm = 0.0, done, torch.zeros_like(grad_norm)
                 tqdm.write(f"{name} | step {done} | {run['tokens'] / 1e6:.2f}M tokens | train loss "
@@ -938,11 +941,22 @@ def load_results(path):
         raise ValueError(f"{path} cannot be read as results ({type(e).__name__}).") from None
 
 
-def plot(runs, path, cases):
-    """One panel a metric and case, one colour an N, one line a seed, the constant guess dashed."""
+def pyplot():
+    """matplotlib.pyplot without a screen."""
     import matplotlib
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+def save_figure(fig, path):
+    write(path, lambda p: fig.savefig(p, format="png", dpi=120))
+    pyplot().close(fig)
+
+
+def plot(runs, path, cases):
+    """One panel a metric and case, one colour an N, one line a seed, the constant guess dashed."""
+    plt = pyplot()
     rows = [[(metric, case) for case in chance] if isinstance(chance, dict) else [(metric, None)]
             for metric, chance in runs[0]["chance"].items()]
     if all(len(row) == 1 for row in rows):
@@ -972,8 +986,7 @@ def plot(runs, path, cases):
     s = runs[0]["settings"]
     fig.suptitle(f"{runs[0]['task']}: layout {s['layout']}, d = {s['d_model']}, L = {s['L']}, seeds "
                  + ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs})), fontsize=10)
-    write(path, lambda p: fig.savefig(p, format="png", dpi=120))
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 def main(doc, presets, add_task_flags, Task, argv=None):
@@ -1281,9 +1294,7 @@ def benchmark(argv=None):
 
 def plot_benchmark(results, path):
     """Four panels, one a part of the benchmark."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     fig, axes = plt.subplots(1, 4, figsize=(18, 4), layout="constrained")
     rule = [r for r in results["bench_rule"] if "both" in r]
     shapes = list(dict.fromkeys(str(r["shape"]) for r in rule))
@@ -1316,8 +1327,7 @@ def plot_benchmark(results, path):
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
     fig.suptitle(f"{results['device']}, torch {results['torch']}", fontsize=10)
-    write(path, lambda p: fig.savefig(p, format="png", dpi=120))
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 if __name__ == "__main__":

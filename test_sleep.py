@@ -1202,6 +1202,16 @@ def test_no_shortcut_finds_the_answer():
         assert hits.mean() < 1 / 11 + 3.5 * (0.083 / len(hits)) ** 0.5, (reverse, hits.mean())
 
 
+def test_in_the_short_texts_of_the_cpu_preset_the_commonest_number_is_a_better_guess_than_a_constant():
+    task, hits = problems("", "cpu"), {}
+    tokens, targets, ops = task.test
+    for row, answer, op in zip(tokens.tolist(), targets[targets >= 0].tolist(), ops.flatten().tolist()):
+        said = Counter(x for x in row if 11 <= x < 11 + task.args.p)
+        hits.setdefault(op, []).append(said.most_common(1)[0][0] == answer)
+    share = [round(sum(hits[op]) / len(hits[op]), 2) for op in (1, 2, 3, 4)]
+    assert share == [0.26, 0.32, 0.17, 0.16], share    # the README says so
+
+
 def test_the_number_of_operations_cannot_be_read_from_the_text():
     kinds = {}
     for x, sentences, _, _, op, reverse in one_question(8000):
@@ -1348,7 +1358,8 @@ def test_settings_that_make_no_word_problems_are_refused():
     for words, flags in (
             ("must be a prime", "--p 9"), ("must be a prime", "--p 3"),
             ("--animals 13", "--animals 13"), ("--questions 0 must", "--questions 0"),
-            ("--ops 0 and", "--ops 0"),
+            ("--ops 0 and", "--ops 0"), ("1 to 4900", "--places 1000000000"),
+            ("fewer than 32,768", "--places 4900 --no-words"), ("--reverse nan", "--reverse nan"),
             ("--reverse 1.5", "--reverse 1.5"), ("never full", "--L 257"), ("never full", "--L 0"),
             ("one for each of --T", "--problems 3"), ("--tests 7 one for each", "--tests 7")):
         refused(words, problems, flags)

@@ -215,10 +215,7 @@ def by_flags(runs):
 
 
 def figure():
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    fig, ax = sleep.pyplot().subplots(figsize=(7, 3.8), layout="constrained")
     ax.grid(alpha=0.3)
     return fig, ax
 
@@ -235,7 +232,7 @@ def plot_conditions(runs, path):
         ax.plot([guess, guess], [-i - 0.4, -i + 0.4], "k--", lw=1)
     ax.set(yticks=range(1 - len(groups), 1), yticklabels=list(groups)[::-1], xlim=(0, 1.02),
            xlabel="all bits right: seeds, mean; dashed: constant guess")
-    sleep.write(path, lambda p: fig.savefig(p, format="png", dpi=120))
+    sleep.save_figure(fig, path)
 
 
 def plot_N_test(runs, path):
@@ -251,7 +248,7 @@ def plot_N_test(runs, path):
     ax.set(xscale="log", xlabel="N at the test", ylabel="all bits right: seeds, mean")
     ax.set_xticks(N, N, minor=False)
     ax.legend(fontsize=7)
-    sleep.write(path, lambda p: fig.savefig(p, format="png", dpi=120))
+    sleep.save_figure(fig, path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -283,9 +280,7 @@ def probe(x, y, x_test, y_test):
 
 def film(path):
     """Which cells of which step a linear probe reads from h and from S after each pass of the sleep."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = sleep.pyplot()
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         s = saved["run"]["settings"] | dict(device="cpu", batch_size=6000)
@@ -329,7 +324,7 @@ def film(path):
     fig.colorbar(image, ax=axes, label="of what a constant guess gets wrong, the probe gets right")
     fig.suptitle(f"{path}: {len(y)} tapes to fit the probes, {len(y_test)} to test them", fontsize=9)
     out = Path(path).with_name(Path(path).stem + "-film")
-    sleep.write(out.with_suffix(".png"), lambda p: fig.savefig(p, format="png", dpi=120))
+    sleep.save_figure(fig, out.with_suffix(".png"))
     sleep.write(out.with_suffix(".json"), lambda p: p.write_text(json.dumps(scores)))
     print(f"saved: {out}.png and .json")
 

@@ -283,6 +283,7 @@ def load_problems(settings, T, M, n, folder):
 
 
 # ------------------------------------------------------------------------------------------------
+# The task
 
 class Problems:
     """The task, as sleep.main wants it; its batches carry the operations of the questions (B, M)."""
@@ -300,9 +301,11 @@ class Problems:
                              "inverse, and reverse problems one solution.")
         if args.ops < 1 or args.questions < 1:
             raise ValueError(f"--ops {args.ops} and --questions {args.questions} must be at least 1.")
-        if not (1 <= args.animals <= len(ANIMALS) and args.places >= 1 and 0 <= args.reverse <= 1):
+        if not (1 <= args.animals <= len(ANIMALS) and 1 <= args.places <= 4900
+                and 0 <= args.reverse <= 1 and self.vocab_size < 2 ** 15):
             raise ValueError(f"--animals {args.animals} must be 1 to {len(ANIMALS)}, --places "
-                             f"{args.places} at least 1, --reverse {args.reverse} from 0 to 1.")
+                             f"{args.places} 1 to 4900 with fewer than 32,768 tokens in all (here "
+                             f"{self.vocab_size:,}), --reverse {args.reverse} from 0 to 1.")
         if not 1 <= args.L <= self.lengths[0]:
             raise ValueError(f"--L {args.L} must be between 1 and the {self.lengths[0]} tokens before "
                              "the answers: a longer window is never full.")
@@ -373,6 +376,7 @@ class Problems:
         return " ".join(words[i] for i in tokens.tolist() if i != PAD)
 
     def show(self, tokens, targets, guess=None):
+        """The text, then every question with its answer."""
         start = len(tokens) + 1 - (self.ask + 1) * ((len(targets) + 1) // (self.ask + 1))
         lines = textwrap.wrap(self.text(tokens[:start]), 92, break_on_hyphens=False)
         for i in (targets >= 0).nonzero().flatten().tolist():
