@@ -94,7 +94,8 @@ def unit_lower_inverse(A):
     return X - X @ (A - fixed) @ X
 
 
-def gated_delta_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64):
+def gated_delta_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64,
+                             inverse=unit_lower_inverse):
     """The numbers of `gated_delta_rule` as matrix products over chunks of at most `chunk` tokens.
 
     Unrolled inside a chunk, token i writes u_i and reads o_i,
@@ -117,7 +118,7 @@ def gated_delta_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64):
     D = (c[..., :, None] - c[..., None, :]).masked_fill(future, -torch.inf).exp()
     scores = (q @ k.mT) * D                                                    # (B, H, n, C, C)
     if delta:
-        X = unit_lower_inverse((beta[..., None] * (k @ k.mT) * D).tril(-1))    # (B, H, n, C, C)
+        X = inverse((beta[..., None] * (k @ k.mT) * D).tril(-1))               # (B, H, n, C, C)
     bv, bk = beta[..., None] * v, (beta * c.exp())[..., None] * k
     q_in = c.exp()[..., None] * q                          # reads the S before the chunk
     k_out = (c[..., -1:] - c).exp()[..., None] * k         # writes to the S after it
@@ -1114,9 +1115,19 @@ def bench_rule(device, quick, compile, seconds):
     shapes = [(512, 4, 24, 64), (128, 8, 75, 64), (8, 8, 2048, 64), (4, 8, 4096, 64)]
     if device != "cuda":
         shapes = [(32, 4, 24, 64), (8, 4, 75, 64), (2, 8, 2048, 64)]
-    rules = {"recurrent": gated_delta_rule, "chunked": gated_delta_rule_chunked}
+
+    def solve(A):                          # torch's own (I + A)^-1
+        eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
+        return torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
+
+    def chunked_solve(*inputs):
+        return gated_delta_rule_chunked(*inputs, inverse=solve)
+
+    rules = {"recurrent": gated_delta_rule, "chunked": gated_delta_rule_chunked,
+             "chunked, solve_triangular": chunked_solve}
     if compile:
-        rules["chunked, compiled"] = torch.compile(gated_delta_rule_chunked, dynamic=False)
+        rules |= {f"{name}, compiled": torch.compile(rule, dynamic=False)
+                  for name, rule in rules.items() if "chunked" in name}
     if device == "cuda":
         try:
             from fla.ops.gated_delta_rule import chunk_gated_delta_rule    # wants (B, T, H, K)
@@ -1164,7 +1175,7 @@ def bench_rule(device, quick, compile, seconds):
             except Exception as e:         # a kernel that refuses this GPU, or needs more memory
                 row["failed"] = f"{type(e).__name__}: {' '.join(str(e).split())[:80]}"
             rows.append(row)
-            print(f"  {str((B, H, T, K)):18} {name:20}", row.get("failed") or
+            print(f"  {str((B, H, T, K)):18} {name:35}", row.get("failed") or
                   f"forward {ms(row['forward'])}, with backward {ms(row['both'])}, "
                   f"error {row['error']:.0e}", flush=True)
     return rows
