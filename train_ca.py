@@ -169,7 +169,7 @@ EXPERIMENTS = {                            # the flags of every condition
     # Depth or difficulty? t = 0 and 1 ask for storage only; Rule 90 is an XOR of few cells at any t.
     "difficulty": [f"{task} --N {N}".strip()
                    for task in ("--t 0 --steps 150", "--t 1 --steps 150", "--rule 90 --t 4",
-                                "--rule 90", "") for N in (1, 3)],
+                                "--rule 90", "--t 4", "", "--t 8") for N in (1, 3)],
     # Is it just compute? As deep without sharing weights, as wide with as many, looped at the answer.
     "compute": ["--N 1", "--N 3", "--N 1 --layout asasas", "--N 1 --d_model 112", "--N 1 --think 3"],
     # Other N at test than in training?
