@@ -152,7 +152,6 @@ class Config:
     update_rule: str = "gated_delta"   # one of RULES
     conv: str = "as"               # mixers behind a short convolution: the paper has it in "s" only
     taps: int = 3                  # its length in tokens
-    gate: bool = True              # output gate of the fast-weight mixer
     keep_S: bool = True            # False: a lesion, evictions empty S as well
 
     def __post_init__(self):
@@ -192,6 +191,11 @@ class Config:
             raise ValueError(f"loop '{self.loop}' must be 'all', 'middle' or first:last with "
                              f"0 <= first < last <= {D}.")
         return first, last
+
+    def blocks_of(self, n):
+        """First and last + 1 of the blocks of pass n: those outside the looped span run once."""
+        first, last = self.span()
+        return 0 if n == 0 else first, len(self.layout) if n == self.N - 1 else last
 
 
 class Memory(NamedTuple):
@@ -269,7 +273,7 @@ class FastWeights(nn.Module):
         d, self.H = cfg.d_model, cfg.n_head
         self.gated, self.delta = RULES[cfg.update_rule]
         self.q, self.k, self.v, self.o = (nn.Linear(d, d, bias=False) for _ in range(4))
-        self.z = nn.Linear(d, d, bias=False) if cfg.gate else None             # output gate
+        self.z = nn.Linear(d, d, bias=False)                                   # output gate
         self.ab = nn.Linear(d, 2 * self.H, bias=False)                         # alpha and beta
         self.dt_bias = nn.Parameter(torch.empty(self.H))
         self.A_log = nn.Parameter(torch.empty(self.H))
@@ -291,9 +295,7 @@ class FastWeights(nn.Module):
             rule = gated_delta_rule if x.shape[1] == 1 else gated_delta_rule_chunked
             o, S = rule(q, k, v, log_alpha, beta, S, self.delta)
             o = self.norm(o).transpose(1, 2).flatten(2)                        # (B, T, d)
-        if self.z is not None:
-            o = o * F.silu(self.z(x))
-        return self.o(o), S
+        return self.o(o * F.silu(self.z(x))), S
 
 
 class Block(nn.Module):
@@ -350,8 +352,9 @@ class SleepLM(nn.Module):
                     nn.init.normal_(m.weight, std=0.5)
                 elif isinstance(m, FastWeights):
                     # paper does not say: half-lives of the heads, log-spaced from 4 tokens to all
-                    # N * T token-steps of a sequence (the same for N = 1..4, to compare them).
-                    # Random ones often forget the first window. softplus(dt_bias) = log 2 / half-life.
+                    # N * T token-steps of a sequence (the same for N = 1..4, to compare them) where
+                    # the gate's input is 0. Random ones often forget the first window.
+                    # softplus(dt_bias) = log 2 / half-life
                     longest = max(self.cfg.N, 4) * self.cfg.T
                     half_life = torch.logspace(math.log10(longest), math.log10(4), m.H)
                     m.dt_bias.copy_(torch.log(torch.expm1(math.log(2) / half_life)))
@@ -387,10 +390,8 @@ class SleepLM(nn.Module):
         Returns the memory after eviction. The refined h is thrown away: only S was worth it.
         """
         S, seen = memory.S, list(memory.cache)
-        first, last = self.cfg.span()
         for n in range(done, self.cfg.N):
-            i = 0 if n == 0 else first     # blocks outside the looped span run once:
-            j = len(self.blocks) if n == self.cfg.N - 1 else last    # in the first pass or the last
+            i, j = self.cfg.blocks_of(n)   # all of them, unless --loop says otherwise
             h, S, cache = self.one_pass(h, S, memory.cache, i, j)   # h, S <- Blocks(h, S)
             seen[i:j] = cache[i:j]
         return self.evict(Memory(S, seen))
@@ -446,8 +447,8 @@ class SleepLM(nn.Module):
         """Tokens (B, T) that arrive one at a time; the model sleeps by itself when L have come.
 
         The arriving tokens make pass 1, the sleep adds passes 2..N. The numbers are those of
-        `forward` as long as all tokens that predict are in the last window: there, windows that
-        predict do not sleep.
+        `forward` as long as all tokens that predict are in the last window: in `forward` a window
+        that predicts does not sleep.
         Returns logits (B, T, vocab) and the state for the next call: the memory now, the memory
         when the window began, and h of the window's tokens behind the looped blocks, one by one.
         """
@@ -517,7 +518,7 @@ class SleepLM(nn.Module):
 
 # Flags that do not change what a model learns, and the values where a preset says nothing.
 RUN_FLAGS = ("N_test", "lesion", "experiment", "film", "data", "out", "resume", "plot_only", "preset")
-DEFAULTS = dict(eviction="hard", loop="all", update_rule="gated_delta", conv="as", taps=3, gate=True,
+DEFAULTS = dict(eviction="hard", loop="all", update_rule="gated_delta", conv="as", taps=3,
                 N_test=[], warmup=0, cooldown=0.0, seed=[0])
 
 
@@ -551,7 +552,6 @@ def parse(doc, presets, add_task_flags, argv=None):
     f.add_argument("--update_rule", help=", ".join(RULES))
     f.add_argument("--conv", help="mixers behind a short convolution: as, s (the paper), a or ''")
     f.add_argument("--taps", type=int, help="tokens that the short convolution sees")
-    f.add_argument("--gate", action=argparse.BooleanOptionalAction, help="output gate of the SSM")
     f.add_argument("--steps", type=int, help="training steps")
     f.add_argument("--batch_size", type=int, help="sequences a step")
     f.add_argument("--lr_muon", type=float, help="learning rate of the blocks' matrices")
@@ -586,8 +586,7 @@ def parse(doc, presets, add_task_flags, argv=None):
 def config(task, settings):
     """The Config of a model for a task."""
     return Config(task.vocab_size, task.T, **{k: settings[k] for k in (
-        "L", "N", "layout", "d_model", "n_head", "eviction", "loop", "update_rule", "conv", "taps",
-        "gate")})
+        "L", "N", "layout", "d_model", "n_head", "eviction", "loop", "update_rule", "conv", "taps")})
 
 
 def pick_device(name):

@@ -2,7 +2,8 @@
 
 A few random tapes of W cells on a ring, cells as tokens, one tape a window; then a separator and
 one label a tape: its first cell after t steps of the rule. Every tape is evicted before the first
-label is asked for. The tapes take the same room whatever t is: only the question gets deeper.
+label is asked for. The tapes take the same room whatever t is, and the question gets deeper (until
+t = W / 2 more of their cells matter, too).
 
     0 1 1 0 | 1 0 0 1 | = y1        inputs of two tapes of W = 4 cells, three windows
                         y1 y2       targets of the last window
@@ -72,7 +73,7 @@ class Experiment(sleep.SleepLM):
         super().__init__(cfg)
         self.carry, self.think, self.detach = carry, think, detach
 
-    def sleep(self, h, memory, done=0):
+    def sleep(self, h, memory):
         start, S = h, memory.S
         skip = lambda now, then: None if now is None else now.detach() + then - then.detach()
         for n in range(self.cfg.N):
@@ -85,7 +86,7 @@ class Experiment(sleep.SleepLM):
 
     def wake(self, tokens, memory):
         h = self.embed(tokens)
-        for _ in range(self.think):        # each from the S before the window: S of a pass knows labels
+        for _ in range(self.think):        # each from the S before the window: S behind it has read labels
             h, S, cache = self.one_pass(h, *memory, 0, len(self.blocks))
         return self.head(self.norm(h)), sleep.Memory(S, cache)
 
@@ -124,8 +125,8 @@ class Tapes:
         """One in eight of the patterns that decide the label is kept for the test.
 
         After t steps the first cell depends on the 2t + 1 cells around it. Tapes that differ
-        elsewhere only would be the same question, so it is these cells that are hashed; at least 7
-        of them, since fewer make too few patterns to hold some out.
+        elsewhere only would be the same question, so it is these cells that are hashed. For t < 3
+        it is 7 cells: fewer make too few patterns to hold some out, and the question is trained on.
         """
         reach = max(self.t, 3)             # bits 0..2 reach are then cells -reach..reach
         if 2 * reach + 1 < self.W:
