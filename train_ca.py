@@ -216,16 +216,16 @@ def by_flags(runs):
     return groups
 
 
-def figure():
-    fig, ax = sleep.pyplot().subplots(figsize=(7, 3.8), layout="constrained")
+def figure(height):
+    fig, ax = sleep.pyplot().subplots(figsize=(7, height), layout="constrained")
     ax.grid(alpha=0.3)
     return fig, ax
 
 
 def plot_conditions(runs, path):
     """Exact match of every seed and the mean, by condition."""
-    fig, ax = figure()
     groups = by_flags(runs)
+    fig, ax = figure(0.8 + 0.36 * len(groups))
     for i, group in enumerate(groups.values()):
         values, guess = [run["exact"] for run in group], group[0]["chance"]["exact"]
         color = f"C{min(group[0]['N'], 2) - 1}"                # N = 1 or more
@@ -239,7 +239,7 @@ def plot_conditions(runs, path):
 
 def plot_N_test(runs, path):
     """Exact match of every seed and the mean against N at the test."""
-    fig, ax = figure()
+    fig, ax = figure(3.8)
     for i, (flags, group) in enumerate(by_flags(runs).items()):
         N = sorted(map(int, group[0]["N_test"]))
         values = np.array([[run["N_test"][str(n)]["exact"] for run in group] for n in N])
