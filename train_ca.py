@@ -44,6 +44,8 @@ def add_flags(f):
     f.add_argument("--t", type=int, help="steps of the rule: the depth of the question")
     f.add_argument("--W", type=int, help="cells of a ring")
     f.add_argument("--tapes", type=int, help="tapes in a sequence")
+    f.add_argument("--hold_out", default="reach", choices=["reach", "matter"], help="keep for the test "
+                   "one in eight patterns of the 2 t + 1 cells in reach, or of those that matter")
     f.add_argument("--carry", default="hS", choices=["hS", "h", "S"],
                    help="what a pass of a sleep hands to the next; without S only the last pass writes")
     f.add_argument("--think", type=int, default=1, help="passes over the answer window")
@@ -110,6 +112,7 @@ class Tapes:
             raise ValueError(f"--L {args.L} must divide the {self.n_tapes} * {self.W} cells, so that "
                              "all of them are evicted before the first label.")
         self.T = (self.W + 1) * self.n_tapes
+        self.bits = self.deciding() if args.hold_out == "matter" else None
         change = dict(carry=args.carry, think=args.think, detach=args.detach)
         if change != dict(carry="hS", think=1, detach=0):
             if args.eviction != "hard" or args.loop != "all" or min(args.think, args.detach + 1) < 1:
@@ -121,15 +124,28 @@ class Tapes:
         self.chance = dict(exact=max((labels == c).all(1).float().mean().item() for c in (0, 1)),
                            bit=max((labels == c).float().mean().item() for c in (0, 1)))
 
-    def held_out(self, tape):
-        """One in eight of the patterns that decide the label is kept for the test.
+    def deciding(self):
+        """Bits of a tape that matter: switched alone, they change the label of one tape or more."""
+        tapes = torch.randint(2, (2 ** 14, self.W), generator=torch.Generator().manual_seed(0))
+        label = lambda tapes: evolve(tapes, self.rule, self.t)[:, 0]
+        bits = [i for i, switch in enumerate(torch.eye(self.W, dtype=torch.long))
+                if (label(tapes ^ switch) != label(tapes)).any()]
+        if len(bits) < 7:
+            raise ValueError(f"--hold_out matter: only {len(bits)} cells matter, too few to hold "
+                             "patterns of them out.")
+        return sum(1 << i for i in bits)
 
-        After t steps the first cell depends on the 2t + 1 cells around it. Tapes that differ
-        elsewhere only would be the same question, so it is these cells that are hashed. For t < 3
-        it is 7 cells: fewer make too few patterns to hold some out, and the question is trained on.
+    def held_out(self, tape):
+        """One in eight of the patterns of cells around the first one is kept for the test.
+
+        "reach": of the 2t + 1 cells from which a label could be reached in t steps, at least 7. That
+        leaves new tapes, not new questions: Rule 110 is slower towards the right, so some of these
+        cells never matter (2 of 13 at t = 6). "matter": of the cells that do.
         """
         reach = max(self.t, 3)             # bits 0..2 reach are then cells -reach..reach
-        if 2 * reach + 1 < self.W:
+        if self.bits is not None:
+            tape = tape & self.bits
+        elif 2 * reach + 1 < self.W:
             tape = ((tape << reach) | (tape >> (self.W - reach))) & ((1 << (2 * reach + 1)) - 1)
         return (tape * 2654435761) % 2 ** 32 < 2 ** 29
 
@@ -171,6 +187,8 @@ EXPERIMENTS = {                            # the flags of every condition
     "difficulty": [f"{task} --N {N}".strip()
                    for task in ("--t 0 --steps 150", "--t 1 --steps 150", "--rule 90 --t 4",
                                 "--rule 90", "--t 4", "", "--t 8") for N in (1, 3)],
+    # New tapes or new questions?
+    "hold_out": [f"{kind} --N {N}".strip() for kind in ("--hold_out matter", "") for N in (1, 3)],
     # Is it just compute? As deep without sharing weights, as wide with as many, looped at the answer.
     "compute": ["--N 1", "--N 3", "--N 1 --layout asasas", "--N 1 --d_model 112", "--N 1 --think 3"],
     # Other N at test than in training?
