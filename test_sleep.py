@@ -596,6 +596,23 @@ def test_no_pattern_of_cells_that_decides_a_test_label_is_ever_trained_on():
             assert not test & patterns(step), (flags, step)
 
 
+def test_rule_110_never_looks_at_two_of_the_13_cells_in_reach_and_hold_out_matter_knows_it():
+    index = torch.arange(1 << 16)
+    every = (index[:, None] >> torch.arange(16)) & 1
+    label = train_ca.evolve(every, 110, 6)[:, 0]
+    matter = [i for i in range(16) if (label[index ^ (1 << i)] != label).any()]
+    assert matter == [0, 1, 2, 3, 4, 5, 6, 12, 13, 14, 15]             # cells -4 to 6
+    task, bits = tapes("--hold_out matter"), sum(1 << i for i in matter)
+    assert task.bits == bits and tapes().bits is None
+    asked = lambda task, step: {number & bits for number in (
+        task.make_batch(step)[0][:, :32].unflatten(1, (2, 16)) << torch.arange(16)).sum(-1).flatten().tolist()}
+    test, trained = asked(task, -1), set().union(*(asked(task, step) for step in range(40)))
+    assert len(test) > 200 and len(trained) > 1700 and not test & trained
+    seen = set().union(*(asked(tapes(), step) for step in range(40)))
+    assert len(asked(tapes(), -1) & seen) > 0.99 * len(asked(tapes(), -1))     # "reach": new tapes only
+    refused("too few", tapes, "--hold_out matter --rule 90")
+
+
 def test_a_lookup_of_the_nearest_trained_patterns_is_right_in_83_of_100_bits():
     task = tapes()
     index, bit = torch.arange(1 << 13), 1 << torch.arange(13)
