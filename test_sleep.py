@@ -583,7 +583,7 @@ def test_a_sequence_of_tapes_is_laid_out_as_documented():
 
 
 def test_no_pattern_of_cells_that_decides_a_test_label_is_ever_trained_on():
-    for flags, reach in (("--t 6", 6), ("--t 0", 3), ("--t 32 --W 24 --L 24", None)):
+    for flags, reach in (("--t 6 --hold_out reach", 6), ("--t 0", 3), ("--t 32 --W 24 --L 24", None)):
         task = tapes(flags)
         def patterns(step):
             cells = task.make_batch(step)[0][:, :task.W * 2].unflatten(1, (2, task.W)).flatten(0, 1)
@@ -596,38 +596,39 @@ def test_no_pattern_of_cells_that_decides_a_test_label_is_ever_trained_on():
             assert not test & patterns(step), (flags, step)
 
 
-def test_rule_110_never_looks_at_two_of_the_13_cells_in_reach_and_hold_out_matter_knows_it():
+def test_rule_110_never_looks_at_two_of_the_13_cells_in_reach_and_no_question_of_the_test_is_trained():
     index = torch.arange(1 << 16)
     every = (index[:, None] >> torch.arange(16)) & 1
     label = train_ca.evolve(every, 110, 6)[:, 0]
     matter = [i for i in range(16) if (label[index ^ (1 << i)] != label).any()]
     assert matter == [0, 1, 2, 3, 4, 5, 6, 12, 13, 14, 15]             # cells -4 to 6
-    task, bits = tapes("--hold_out matter"), sum(1 << i for i in matter)
-    assert task.bits == bits and tapes().bits is None
+    task, easy, bits = tapes(), tapes("--hold_out reach"), sum(1 << i for i in matter)
+    assert task.bits == bits and easy.bits is None and tapes("--rule 90").bits is None
     asked = lambda task, step: {number & bits for number in (
         task.make_batch(step)[0][:, :32].unflatten(1, (2, 16)) << torch.arange(16)).sum(-1).flatten().tolist()}
-    test, trained = asked(task, -1), set().union(*(asked(task, step) for step in range(40)))
-    assert len(test) > 200 and len(trained) > 1700 and not test & trained
-    seen = set().union(*(asked(tapes(), step) for step in range(40)))
-    assert len(asked(tapes(), -1) & seen) > 0.99 * len(asked(tapes(), -1))     # "reach": new tapes only
-    refused("too few", tapes, "--hold_out matter --rule 90")
+    trained = lambda task: set().union(*(asked(task, step) for step in range(40)))
+    test, seen = asked(task, -1), trained(task)
+    assert len(test) > 200 and len(seen) > 1700 and not test & seen
+    assert len(asked(easy, -1) & trained(easy)) > 0.99 * len(asked(easy, -1))      # new tapes only
 
 
-def test_a_lookup_of_the_nearest_trained_patterns_is_right_in_83_of_100_bits():
-    task = tapes()
-    index, bit = torch.arange(1 << 13), 1 << torch.arange(13)
-    cells = F.pad((index[:, None] & bit).ne(0).long(), (0, 3))         # 6 is the cell asked for
-    label, trained = train_ca.evolve(cells, 110, 6)[:, 6], ~((index * 2654435761) % 2 ** 32 < 2 ** 29)
+def test_a_lookup_of_the_nearest_trained_patterns_is_right_in_64_of_100_bits():
+    task, cells = tapes(), [12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6]       # those that matter
+    pattern = lambda tape: (tape[..., cells] << torch.arange(11)).sum(-1)
+    index, bit = torch.arange(1 << 11), 1 << torch.arange(11)
+    every = torch.zeros(1 << 11, 16, dtype=torch.long)
+    every[:, cells] = (index[:, None] & bit).ne(0).long()
+    label = train_ca.evolve(every, 110, 6)[:, 0]
+    trained = ~task.held_out((every << torch.arange(16)).sum(-1))
     near = index[:, None] ^ bit                        # the patterns that differ in one cell
     votes = ((2 * label[near] - 1) * trained[near]).sum(1)
     guess = torch.where(votes == 0, label[trained].mode()[0], votes > 0)
     tokens, labels = task.test
-    ring = tokens[:, :32].unflatten(1, (2, 16)).roll(6, -1)[..., :13]
-    pattern = (ring * bit).sum(-1)
-    assert not trained[pattern].any() and torch.equal(label[pattern], labels)
-    right = guess[pattern] == labels
+    asked = pattern(tokens[:, :32].unflatten(1, (2, 16)))
+    assert not trained[asked].any() and torch.equal(label[asked], labels)
+    right = guess[asked] == labels
     share = [round(x.float().mean().item(), 2) for x in (right, right.all(1))]
-    assert share == [0.83, 0.69], share                # the README says so
+    assert share == [0.64, 0.41], share                # the README says so
 
 
 def test_every_N_sees_the_same_data_and_every_seed_other_data():
@@ -746,6 +747,7 @@ def test_the_film_and_the_experiments_draw_what_they_promise():
         for words, flags in (("no checkpoint of train_ca.py", "--film run/results.json"),
                              ("models with L = W", "--film other/N2-seed0.pt"),
                              ("takes no other flag", "--film run/N2-seed0.pt --steps 3"),
+                             ("takes no --out", "--experiment iterated --out x"),
                              ("invalid choice", "--experiment all")):
             err = io.StringIO()
             with contextlib.redirect_stderr(err):
@@ -1690,7 +1692,8 @@ def test_a_script_refuses_bad_input_in_one_line_with_status_2():
             ("not a folder", f"--out {__file__}"), ("cannot be made", f"--out {__file__}/x"),
             ("update_rule", "--update_rule oja"), ("--N_test must be", "--N_test 0"),
             ("--warmup 500", "--warmup 500"), ("hard eviction", "--carry h --eviction sliding"),
-            ("--think 0", "--think 0"), ("invalid choice", "--experiment all"), ("--cooldown from", "--cooldown 2"),
+            ("--think 0", "--think 0"), ("fewer passes", "--N 3 --detach 3"),
+            ("invalid choice", "--experiment all"), ("--cooldown from", "--cooldown 2"),
             ("--seed must be", "--seed 0 99999999999"), ("--seed must be", "--seed -1"),
             *([] if torch.cuda.is_available() else [("no cuda device here", "--device cuda")])):
         status, _, err = script(train_ca, f"--device cpu {flags}")

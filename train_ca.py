@@ -44,8 +44,8 @@ def add_flags(f):
     f.add_argument("--t", type=int, help="steps of the rule: the depth of the question")
     f.add_argument("--W", type=int, help="cells of a ring")
     f.add_argument("--tapes", type=int, help="tapes in a sequence")
-    f.add_argument("--hold_out", default="reach", choices=["reach", "matter"], help="keep for the test "
-                   "one in eight patterns of the 2 t + 1 cells in reach, or of those that matter")
+    f.add_argument("--hold_out", default="matter", choices=["matter", "reach"], help="keep for the test "
+                   "one in eight patterns of the cells that matter for a label, or of all 2 t + 1 in reach")
     f.add_argument("--carry", default="hS", choices=["hS", "h", "S"],
                    help="what a pass of a sleep hands to the next; without S only the last pass writes")
     f.add_argument("--think", type=int, default=1, help="passes over the answer window")
@@ -114,6 +114,9 @@ class Tapes:
         self.T = (self.W + 1) * self.n_tapes
         self.bits = self.deciding() if args.hold_out == "matter" else None
         change = dict(carry=args.carry, think=args.think, detach=args.detach)
+        if args.detach and args.detach >= min(args.N):
+            raise ValueError(f"--detach {args.detach} must be fewer passes than --N {min(args.N)}: it "
+                             "would change nothing.")
         if change != dict(carry="hS", think=1, detach=0):
             if args.eviction != "hard" or args.loop != "all" or min(args.think, args.detach + 1) < 1:
                 raise ValueError(f"--carry {args.carry} --think {args.think} --detach {args.detach}: these "
@@ -125,22 +128,23 @@ class Tapes:
                            bit=max((labels == c).float().mean().item() for c in (0, 1)))
 
     def deciding(self):
-        """Bits of a tape that matter: switched alone, they change the label of one tape or more."""
+        """Bits of a tape that matter: switched alone, they change the label of one tape or more.
+
+        None if they are fewer than 7, too few to hold patterns of them out.
+        """
         tapes = torch.randint(2, (2 ** 14, self.W), generator=torch.Generator().manual_seed(0))
         label = lambda tapes: evolve(tapes, self.rule, self.t)[:, 0]
-        bits = [i for i, switch in enumerate(torch.eye(self.W, dtype=torch.long))
+        bits = [1 << i for i, switch in enumerate(torch.eye(self.W, dtype=torch.long))
                 if (label(tapes ^ switch) != label(tapes)).any()]
-        if len(bits) < 7:
-            raise ValueError(f"--hold_out matter: only {len(bits)} cells matter, too few to hold "
-                             "patterns of them out.")
-        return sum(1 << i for i in bits)
+        return sum(bits) if len(bits) >= 7 else None
 
     def held_out(self, tape):
-        """One in eight of the patterns of cells around the first one is kept for the test.
+        """One in eight of the patterns of cells that decide a label is kept for the test.
 
-        "reach": of the 2t + 1 cells from which a label could be reached in t steps, at least 7. That
-        leaves new tapes, not new questions: Rule 110 is slower towards the right, so some of these
-        cells never matter (2 of 13 at t = 6). "matter": of the cells that do.
+        "matter": of the cells that change some label, if there are 7 or more: new questions.
+        "reach", and otherwise: of the 2t + 1 cells from which a label could be reached, at least 7.
+        That leaves new tapes only, since some of these cells never matter: Rule 110 is slower towards
+        the right (2 of 13 at t = 6), and Rule 90 is the XOR of few.
         """
         reach = max(self.t, 3)             # bits 0..2 reach are then cells -reach..reach
         if self.bits is not None:
@@ -187,8 +191,8 @@ EXPERIMENTS = {                            # the flags of every condition
     "difficulty": [f"{task} --N {N}".strip()
                    for task in ("--t 0 --steps 150", "--t 1 --steps 150", "--rule 90 --t 4",
                                 "--rule 90", "--t 4", "", "--t 8") for N in (1, 3)],
-    # New tapes or new questions?
-    "hold_out": [f"{kind} --N {N}".strip() for kind in ("--hold_out matter", "") for N in (1, 3)],
+    # New questions in the test, or only new tapes?
+    "hold_out": [f"{kind} --N {N}".strip() for kind in ("", "--hold_out reach") for N in (1, 3)],
     # Is it just compute? As deep without sharing weights, as wide with as many, looped at the answer.
     "compute": ["--N 1", "--N 3", "--N 1 --layout asasas", "--N 1 --d_model 112", "--N 1 --think 3"],
     # Other N at test than in training?
@@ -214,6 +218,8 @@ def experiment(name, argv):
 
     Conditions are shared: what another experiment has finished is not run again.
     """
+    if any(flag.split("=")[0] == "--out" for flag in argv):
+        raise ValueError("--experiment takes no --out: it writes to out/ca-experiments.")
     folder, runs = Path("out/ca-experiments"), []
     for flags in EXPERIMENTS[name]:
         trained = flags.split(" --N_test")[0]
