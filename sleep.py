@@ -117,20 +117,19 @@ def gated_delta_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64,
     future = torch.ones(C, C, dtype=torch.bool, device=q.device).triu(1)
     D = (c[..., :, None] - c[..., None, :]).masked_fill(future, -torch.inf).exp()
     scores = (q @ k.mT) * D                                                    # (B, H, n, C, C)
-    if delta:
-        X = inverse((beta[..., None] * (k @ k.mT) * D).tril(-1))               # (B, H, n, C, C)
+    A = (beta[..., None] * (k @ k.mT) * D).tril(-1)                            # (B, H, n, C, C)
+    X = inverse(A) if delta else A         # without delta there is nothing to solve
     bv, bk = beta[..., None] * v, (beta * c.exp())[..., None] * k
     q_in = c.exp()[..., None] * q                          # reads the S before the chunk
     k_out = (c[..., -1:] - c).exp()[..., None] * k         # writes to the S after it
     decay = c[..., -1].exp()[..., None, None]              # of S over a chunk  (B, H, n, 1, 1)
 
-    outputs = []
-    for i in range(n_chunks):
-        u = bv[:, :, i]                                                        # (B, H, C, V)
-        if delta:
-            u = X[:, :, i] @ (u - bk[:, :, i] @ S.mT)
-        outputs.append(q_in[:, :, i] @ S.mT + scores[:, :, i] @ u)
-        S = decay[:, :, i] * S + u.mT @ k_out[:, :, i]
+    outputs = []                           # (unbind: a slice's backward would fill all chunks with 0)
+    for q_i, k_i, bv_i, bk_i, X_i, scores_i, decay_i in zip(*(
+            x.unbind(2) for x in (q_in, k_out, bv, bk, X, scores, decay))):
+        u = X_i @ (bv_i - bk_i @ S.mT) if delta else bv_i                      # (B, H, C, V)
+        outputs.append(q_i @ S.mT + scores_i @ u)
+        S = decay_i * S + u.mT @ k_i
     return torch.cat(outputs, 2)[:, :, :T], S
 
 
@@ -693,7 +692,8 @@ def make_gradients(model, compile, recompute_passes):
 
     compile: fuse model.one_pass. On CUDA f then also records its kernels once for each shape of batch
     and replays them as one CUDA graph, so that none waits for Python; the loss that it returns is
-    written over by the next call. recompute_passes: activation checkpointing, see --recompute.
+    written over by the next call. recompute_passes: activation checkpointing, see --recompute; such
+    passes are long enough to hide Python, and a graph would keep their memory for every shape.
     """
     if compile:
         torch._dynamo.config.recompile_limit = 64      # one graph for each shape and kind of call
@@ -701,7 +701,8 @@ def make_gradients(model, compile, recompute_passes):
     if recompute_passes:
         model.one_pass = partial(recompute, model.one_pass, use_reentrant=False,
                                  preserve_rng_state=False)                     # nothing is random
-    graphs, side = {}, torch.cuda.Stream() if compile and model.head.weight.is_cuda else None
+    graph = compile and not recompute_passes and model.head.weight.is_cuda
+    graphs, side = {}, torch.cuda.Stream() if graph else None
 
     def eager(tokens, targets):
         model.zero_grad()
@@ -1154,29 +1155,30 @@ def bench_rule(device, quick, compile, seconds):
             with torch.no_grad():
                 return rule(*inputs)
 
-        def both(rule, *cast):
-            leaves = [x.to(*cast).requires_grad_() if cast else x.detach().requires_grad_()
-                      for x in inputs]
+        def both(rule, inputs=inputs):
+            leaves = [x.detach().requires_grad_() for x in inputs]
             results = rule(*leaves)
-            loss = sum((x * w.to(x)).sum() for x, w in zip(results, weights))
+            loss = sum((x * w.to(x.device)).sum() for x, w in zip(results, weights))
             return [*results, *torch.autograd.grad(loss, leaves)]
 
-        exact = both(gated_delta_rule, "cpu" if device == "mps" else device, torch.float64)
+        oracle = "cpu" if device == "mps" else device                          # MPS has no float64
+        exact = both(gated_delta_rule, [x.to(oracle).double() for x in inputs])
         for name, rule in rules.items():
             if T >= 2048 and "compiled" in name:
                 continue                   # its chunks are unrolled: minutes to compile
             row = dict(shape=[B, H, T, K], rule=name)
             try:
-                row["error"] = max(((x.to(y) - y).norm() / y.norm()).item()
-                                   for x, y in zip(both(rule), exact))
                 row["forward"] = timed(lambda: forward(rule), device, seconds)
+                row["error"] = max(((x.to(y.device) - y).norm() / y.norm()).item()
+                                   for x, y in zip(both(rule), exact))
                 row["both"] = timed(lambda: both(rule), device, seconds)
             except Exception as e:         # a kernel that refuses this GPU, or needs more memory
-                row["failed"] = f"{type(e).__name__}: {' '.join(str(e).split())[:80]}"
+                row["failed"] = f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
             rows.append(row)
-            print(f"  {str((B, H, T, K)):18} {name:35}", row.get("failed") or
-                  f"forward {ms(row['forward'])}, with backward {ms(row['both'])}, "
-                  f"error {row['error']:.0e}", flush=True)
+            shown = [f"forward {ms(row['forward'])}"] if "forward" in row else []
+            shown += [row["failed"]] if "failed" in row else [f"with backward {ms(row['both'])}",
+                                                              f"error {row['error']:.0e}"]
+            print(f"  {str((B, H, T, K)):18} {name:35}", ", ".join(shown), flush=True)
     return rows
 
 
@@ -1203,6 +1205,7 @@ def bench_N(device, quick, compile, seconds):
     n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     ceiling = 2 * n ** 3 / timed(lambda: a @ b, device, seconds)[0]            # FLOP per ms
+    del a, b                               # peak memory is that of a step
     print(f"  {ceiling / 1e9:.2f} TFLOP/s in a matrix product of {n} x {n}, {dtype}: the ceiling")
     rows = []
     for N in (1, 2) if quick else (1, 2, 4, 8):

@@ -151,7 +151,7 @@ class Tapes:
             tape = tape & self.bits
         elif 2 * reach + 1 < self.W:
             tape = ((tape << reach) | (tape >> (self.W - reach))) & ((1 << (2 * reach + 1)) - 1)
-        return (tape * 2654435761) % 2 ** 32 < 2 ** 29
+        return ((tape * 2654435761) & (2 ** 32 - 1)) < 2 ** 29
 
     def make_batch(self, step):
         """Step -> tokens (B, T), targets (B, tapes), from seed and step alone; -1 is the test set."""

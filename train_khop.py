@@ -100,7 +100,7 @@ class Cycles:
         live = i < n
         # One cycle in eight is kept for the test. Rows on the right side come first.
         code = ((name + 1) * (after + 1) * live).sum(1)
-        right = ((code * 2654435761) % 2 ** 32 < 2 ** 29) == test
+        right = (((code * 2654435761) & (2 ** 32 - 1)) < 2 ** 29) == test
         pick = right.int().argsort(descending=True, stable=True)[:B]
         n, name, after, live = n[pick], name[pick], after[pick], live[pick]
 
