@@ -202,7 +202,7 @@ EXPERIMENTS = {                            # the flags of every condition
     "rule": [f"--update_rule {rule} --N {N}".replace("--update_rule gated_delta ", "")
              for rule in ("hebbian", "gated_hebbian", "delta", "gated_delta") for N in (1, 3)],
     # What does the short convolution do, at equal tokens and at equal compute?
-    "conv": [f"{conv} {cost}".strip() for conv in ("--conv ''", "--conv a", "--conv s", "")
+    "conv": [f"--hold_out reach{conv} {cost}" for conv in (" --conv ''", " --conv a", " --conv s", "")
              for cost in ("--N 1", "--N 1 --steps 1500", "--N 3")],
     # Is it stable? With --seed 0 1 2 3 4.
     "seeds": ["--N 1", "--N 3"],

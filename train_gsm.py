@@ -12,8 +12,8 @@ one a member for a sum over a place. A reverse problem hides a constant and tell
 A small preset writes a name as one token and leaves out `is`.
 
     python train_gsm.py                   N = 1 against N = 3, minutes on two CPU cores
-    python train_gsm.py --preset paper    Section 6.3's lengths and window, for a GPU
-    python train_gsm.py --preset paper --L 512 --eviction sliding --warmup 1562       Section 6.4
+    python train_gsm.py --preset paper --batch_size 64 --recompute      Section 6.3, for a GPU
+    python train_gsm.py --preset paper --L 512 --eviction sliding --warmup 1562 --recompute      6.4
 
 paper does not say: how its problems are made. The generator is ours, see the README.
 """
