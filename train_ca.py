@@ -199,7 +199,7 @@ EXPERIMENTS = {                            # the flags of every condition
     "other_N": [f"{train} --N_test 1 2 3 4 6 8 12 16" for train in
                 ("--N 1", "--N 2", "--N 3", "--N 4", "--N 4 --any_N")],
     # Does the rule matter?
-    "rule": [f"--update_rule {rule} --N {N}".replace("--update_rule gated_delta ", "")
+    "rule": [f"--hold_out reach --update_rule {rule} --N {N}".replace(" --update_rule gated_delta", "")
              for rule in ("hebbian", "gated_hebbian", "delta", "gated_delta") for N in (1, 3)],
     # What does the short convolution do, at equal tokens and at equal compute?
     "conv": [f"--hold_out reach{conv} {cost}" for conv in (" --conv ''", " --conv a", " --conv s", "")
