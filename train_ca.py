@@ -198,10 +198,10 @@ EXPERIMENTS = {                            # the flags of every condition
     # Other N at test than in training?
     "other_N": [f"{train} --N_test 1 2 3 4 6 8 12 16" for train in
                 ("--N 1", "--N 2", "--N 3", "--N 4", "--N 4 --any_N")],
-    # Does the rule matter?
+    # Does the rule matter? With the easier test, see Tapes.held_out.
     "rule": [f"--hold_out reach --update_rule {rule} --N {N}".replace(" --update_rule gated_delta", "")
              for rule in ("hebbian", "gated_hebbian", "delta", "gated_delta") for N in (1, 3)],
-    # What does the short convolution do, at equal tokens and at equal compute?
+    # What does the short convolution do, at equal tokens and at equal compute? With the easier test.
     "conv": [f"--hold_out reach{conv} {cost}" for conv in (" --conv ''", " --conv a", " --conv s", "")
              for cost in ("--N 1", "--N 1 --steps 1500", "--N 3")],
     # Is it stable? With --seed 0 1 2 3 4.
