@@ -35,7 +35,7 @@ PRESETS = {
                 steps=2000, batch_size=512, lr_muon=2e-3, lr_adamw=5e-4, eval_every=100),
     "paper": dict(N=[1, 2, 3, 4], t=32, W=24, tapes=4, L=24, layout="asas", d_model=256, n_head=4,
                   steps=80_000, batch_size=512, lr_muon=2e-3, lr_adamw=5e-5, eval_every=400, conv="s",
-                  taps=4),
+                  taps=4, hold_out="reach"),
 }
 
 
@@ -45,7 +45,8 @@ def add_flags(f):
     f.add_argument("--W", type=int, help="cells of a ring")
     f.add_argument("--tapes", type=int, help="tapes in a sequence")
     f.add_argument("--hold_out", default="matter", choices=["matter", "reach"], help="keep for the test "
-                   "one in eight patterns of the cells that matter for a label, or of all 2 t + 1 in reach")
+                   "one in eight patterns of the cells that matter (new questions), or of all 2 t + 1 in "
+                   "reach (an easier test; also where fewer than 7 matter)")
     f.add_argument("--carry", default="hS", choices=["hS", "h", "S"],
                    help="what a pass of a sleep hands to the next; without S only the last pass writes")
     f.add_argument("--think", type=int, default=1, help="passes over the answer window")
@@ -128,7 +129,7 @@ class Tapes:
                            bit=max((labels == c).float().mean().item() for c in (0, 1)))
 
     def deciding(self):
-        """Bits of a tape that matter: switched alone, they change the label of one tape or more.
+        """Mask of the cells that matter: switched alone, one changes a label of 2^14 random tapes.
 
         None if they are fewer than 7, too few to hold patterns of them out.
         """
@@ -139,12 +140,12 @@ class Tapes:
         return sum(bits) if len(bits) >= 7 else None
 
     def held_out(self, tape):
-        """One in eight of the patterns of cells that decide a label is kept for the test.
+        """Is it for the test? One in eight of the patterns of some cells is, with all of its tapes.
 
-        "matter": of the cells that change some label, if there are 7 or more: new questions.
-        "reach", and otherwise: of the 2t + 1 cells from which a label could be reached, at least 7.
-        That leaves new tapes only, since some of these cells never matter: Rule 110 is slower towards
-        the right (2 of 13 at t = 6), and Rule 90 is the XOR of few.
+        --hold_out matter: of the cells that matter, if they are 7 or more. The test asks new questions.
+        reach, and otherwise: of the 2t + 1 cells from which a label could be reached, at least 7, or of
+        the whole ring. The test has new tapes, but asks what was asked in training: some of these cells
+        never matter (at t = 6 2 of 13, since Rule 110 is slower towards the right).
         """
         reach = max(self.t, 3)             # bits 0..2 reach are then cells -reach..reach
         if self.bits is not None:
@@ -187,13 +188,13 @@ class Tapes:
 EXPERIMENTS = {                            # the flags of every condition
     # What is iterated: h, S, or both? Without h every pass reads the embeddings again.
     "iterated": ["--N 3", "--N 3 --carry h", "--N 3 --carry S", "--N 1"],
-    # Depth or difficulty? t = 0 and 1 ask for storage only; Rule 90 is an XOR of few cells at any t.
+    # Depth or difficulty? t = 0 asks for storage only; Rule 90 is an XOR, of 2 cells at t = 4, 4 at 6.
     "difficulty": [f"{task} --N {N}".strip()
                    for task in ("--t 0 --steps 150", "--t 1 --steps 150", "--rule 90 --t 4",
                                 "--rule 90", "--t 4", "", "--t 8") for N in (1, 3)],
     # New questions in the test, or only new tapes?
     "hold_out": [f"{kind} --N {N}".strip() for kind in ("", "--hold_out reach") for N in (1, 3)],
-    # Is it just compute? As deep without sharing weights, as wide with as many, looped at the answer.
+    # Is it just compute? As deep without sharing weights, as large but wider, looped at the answer.
     "compute": ["--N 1", "--N 3", "--N 1 --layout asasas", "--N 1 --d_model 112", "--N 1 --think 3"],
     # Other N at test than in training?
     "other_N": [f"{train} --N_test 1 2 3 4 6 8 12 16" for train in
