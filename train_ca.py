@@ -242,7 +242,7 @@ def by_flags(runs):
 
 
 def figure(height):
-    fig, ax = sleep.pyplot().subplots(figsize=(7, height), layout="constrained")
+    fig, ax = sleep.pyplot().subplots(figsize=(8, height), layout="constrained")
     ax.grid(alpha=0.3)
     return fig, ax
 
