@@ -118,7 +118,7 @@ def gated_delta_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64,
     D = (c[..., :, None] - c[..., None, :]).masked_fill(future, -torch.inf).exp()
     scores = (q @ k.mT) * D                                                    # (B, H, n, C, C)
     A = (beta[..., None] * (k @ k.mT) * D).tril(-1)                            # (B, H, n, C, C)
-    X = inverse(A) if delta else A         # without delta there is nothing to solve
+    X = inverse(A) if delta else A         # (I + A)^-1; not used without delta
     bv, bk = beta[..., None] * v, (beta * c.exp())[..., None] * k
     q_in = c.exp()[..., None] * q                          # reads the S before the chunk
     k_out = (c[..., -1:] - c).exp()[..., None] * k         # writes to the S after it
@@ -701,8 +701,8 @@ def make_gradients(model, compile, recompute_passes):
     if recompute_passes:
         model.one_pass = partial(recompute, model.one_pass, use_reentrant=False,
                                  preserve_rng_state=False)                     # nothing is random
-    graph = compile and not recompute_passes and model.head.weight.is_cuda
-    graphs, side = {}, torch.cuda.Stream() if graph else None
+    replays = compile and not recompute_passes and model.head.weight.is_cuda
+    graphs, side = {}, torch.cuda.Stream() if replays else None
 
     def eager(tokens, targets):
         model.zero_grad()

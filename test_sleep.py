@@ -747,7 +747,8 @@ def test_the_film_and_the_experiments_draw_what_they_promise():
         for words, flags in (("no checkpoint of train_ca.py", "--film run/results.json"),
                              ("models with L = W", "--film other/N2-seed0.pt"),
                              ("takes no other flag", "--film run/N2-seed0.pt --steps 3"),
-                             ("takes no --out", "--experiment iterated --out x"),
+                             ("takes no --N --out", "--experiment iterated --out=x --N 2"),
+                             ("takes no --hold_out", "--experiment conv --hold_out matter"),
                              ("invalid choice", "--experiment all")):
             err = io.StringIO()
             with contextlib.redirect_stderr(err):

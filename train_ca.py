@@ -135,8 +135,9 @@ class Tapes:
         """
         tapes = torch.randint(2, (2 ** 14, self.W), generator=torch.Generator().manual_seed(0))
         label = lambda tapes: evolve(tapes, self.rule, self.t)[:, 0]
+        parts = [(part, label(part)) for part in tapes.split(256)]
         bits = [1 << i for i, switch in enumerate(torch.eye(self.W, dtype=torch.long))
-                if (label(tapes ^ switch) != label(tapes)).any()]
+                if any((label(part ^ switch) != before).any() for part, before in parts)]
         return sum(bits) if len(bits) >= 7 else None
 
     def held_out(self, tape):
@@ -219,8 +220,9 @@ def experiment(name, argv):
 
     Conditions are shared: what another experiment has finished is not run again.
     """
-    if any(flag.split("=")[0] == "--out" for flag in argv):
-        raise ValueError("--experiment takes no --out: it writes to out/ca-experiments.")
+    own = {"--out", *re.findall(r"--\w+", " ".join(EXPERIMENTS[name]))}
+    if taken := own & {flag.split("=")[0] for flag in argv}:
+        raise ValueError(f"--experiment {name} takes no {' '.join(sorted(taken))}: it sets that itself.")
     folder, runs = Path("out/ca-experiments"), []
     for flags in EXPERIMENTS[name]:
         trained = flags.split(" --N_test")[0]
