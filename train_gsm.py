@@ -17,7 +17,6 @@ A small preset writes a name as one token and leaves out `is`.
 
 paper does not say: how its problems are made. The generator is ours, see the README.
 """
-import argparse
 import inspect
 import json
 import multiprocessing
@@ -40,17 +39,17 @@ import sleep
 
 PRESETS = {
     "cpu": dict(N=[1, 3], ops=4, questions=8, T=[48], L=48, p=7, places=8, animals=3, words=False,
-                reverse=0.0, problems=100_000, tests=800, layout="as", d_model=64, n_head=2, taps=4,
-                steps=1600, batch_size=64, lr_muon=7e-3, lr_adamw=3e-3, cooldown=0.15,
-                eval_every=200),
+                reverse=0.0, problems=100_000, tests=800, data="out/gsm-data", layout="as",
+                d_model=64, n_head=2, steps=1600, batch_size=64, lr_muon=7e-3, lr_adamw=3e-3,
+                cooldown=0.15, eval_every=200),
     "gpu": dict(N=[1, 2, 4], ops=8, questions=8, T=[256, 304, 352, 400], L=128, p=11, places=48,
-                animals=12, words=True, reverse=0.25, problems=400_000, tests=1600, layout="asas",
-                d_model=256, n_head=4, taps=4, steps=8000, batch_size=128, lr_muon=2e-3, lr_adamw=1e-3,
-                cooldown=0.1, eval_every=400),
+                animals=12, words=True, reverse=0.25, problems=400_000, tests=1600,
+                data="out/gsm-data", layout="asas", d_model=256, n_head=4, steps=8000,
+                batch_size=128, lr_muon=2e-3, lr_adamw=1e-3, cooldown=0.1, eval_every=400),
     "paper": dict(N=[1, 4], ops=8, questions=8, T=[2000, 2400, 2800, 3200], L=2000, p=11, places=200,
-                  animals=12, words=True, reverse=0.25, problems=400_000, tests=1600, layout="as" * 5,
-                  d_model=512, n_head=8, taps=4, steps=4687, batch_size=256, lr_muon=1e-3,
-                  lr_adamw=5e-4, eval_every=500),
+                  animals=12, words=True, reverse=0.25, problems=400_000, tests=1600,
+                  data="out/gsm-data", layout="as" * 5, d_model=512, n_head=8, steps=4687,
+                  batch_size=256, lr_muon=1e-3, lr_adamw=5e-4, eval_every=500, conv="s"),
 }
 WORDS = "PAD . ? answer is in all plus times minus unknown".split()
 PAD, END, ASK, ANSWER, IS, IN, ALL, PLUS, TIMES, MINUS, UNKNOWN = range(11)    # then 0..p-1, names
@@ -58,23 +57,19 @@ ANIMALS = "fox owl emu bear wolf deer hare lynx seal crow toad swan".split()
 FORMS = ("copy", "c plus", "c times", "plus", "minus")
 
 
-def add_flags(f):
-    f.add_argument("--ops", type=int, help="most operations that a question needs")
-    f.add_argument("--questions", type=int,
-                   help="questions in a training sequence, the numbers of operations taking turns; "
-                        "a test sequence has one")
-    f.add_argument("--T", type=int, nargs="+",
-                   help="tokens before the answers; a batch has one of these, the test the largest")
-    f.add_argument("--p", type=int, help="a prime: all numbers are modulo p")
-    f.add_argument("--places", type=int)
-    f.add_argument("--animals", type=int, help="at most 12; a place has up to three of them")
-    f.add_argument("--words", action=argparse.BooleanOptionalAction,
-                   help="names of three words and `is`, else one token a name")
-    f.add_argument("--reverse", type=float, help="share of texts drawn to ask for a hidden constant; "
-                   "fewer stay, since more of them have no question that fits")
-    f.add_argument("--problems", type=int, help="training problems, drawn again and again")
-    f.add_argument("--tests", type=int, help="held-out problems, as many of each number of operations")
-    f.add_argument("--data", default="out/gsm-data", help="folder to keep them in")
+FLAGS = dict(
+    ops="most operations that a question needs",
+    questions="questions in a training sequence, the numbers of operations taking turns; a test has one",
+    T="tokens before the answers; a batch has one of these, the test the largest",
+    p="a prime: all numbers are modulo p",
+    places="places that quantities can be in",
+    animals="at most 12; a place has up to three of them",
+    words="names of three words and `is`, else one token a name",
+    reverse="share of texts drawn to ask for a hidden constant; fewer stay, since more of them have no "
+            "question that fits",
+    problems="training problems, drawn again and again",
+    tests="held-out problems, as many of each number of operations",
+    data="folder to keep them in")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -232,7 +227,7 @@ def make_problems(settings, T, M, numbers):
             if problem and (zlib.crc32(str(sorted(problem[3])).encode()) % 8 == 0) == test:
                 break
         else:
-            raise ValueError(f"no text of {T} tokens with up to {s.ops} operations was found in 1000 "
+            raise sleep.BadInput(f"no text of {T} tokens with up to {s.ops} operations was found in 1000 "
                              "tries: take more --places, a longer --T, fewer --ops or fewer --questions.")
         rows.append(problem[0])
         ops.append(problem[2])
@@ -260,9 +255,9 @@ def load_problems(settings, T, M, n, folder):
                 if str(saved["what"]) == what:
                     return saved["tokens"], saved["ops"]
         except Exception as e:             # np.load raises many kinds for a broken file
-            raise ValueError(f"{path} cannot be read ({type(e).__name__}): delete it, and these "
+            raise sleep.BadInput(f"{path} cannot be read ({type(e).__name__}): delete it, and these "
                              "problems will be made anew.") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"making {n:,} problems of {T} tokens, once, for {path}")
     job = partial(make_problems, settings, T, M)
     jobs = [range(i, min(i + 500, n)) for i in range(0, n, 500)]
     bar = partial(tqdm, total=len(jobs), desc=f"500 problems each, T = {T}", disable=None, leave=False)
@@ -271,7 +266,7 @@ def load_problems(settings, T, M, n, folder):
     else:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         with multiprocessing.get_context("spawn").Pool(     # Ctrl-C is for this process alone
-                min(cores, len(jobs)), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+                min(cores, len(jobs), 16), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
             parts = list(bar(pool.imap(job, jobs)))
     tokens, ops = (np.concatenate(x) for x in zip(*parts))
 
@@ -287,7 +282,7 @@ def load_problems(settings, T, M, n, folder):
 
 class Problems:
     """The task, as sleep.main wants it; its batches carry the operations of the questions (B, M)."""
-    name, cases = "gsm", "operations"
+    name = "gsm"
 
     def __init__(self, args, seed):
         self.args, self.seed, self.lengths = args, seed, sorted(set(args.T))
@@ -297,20 +292,20 @@ class Problems:
         self.ask = 5 if args.words else 2                      # tokens of `answer fox in biki is`
         self.T = self.lengths[-1] + args.questions * (self.ask + 1) - 1
         if not 5 <= args.p < 100 or any(args.p % i == 0 for i in range(2, args.p)):
-            raise ValueError(f"--p {args.p} must be a prime from 5 to 97: then every factor has an "
+            raise sleep.BadInput(f"--p {args.p} must be a prime from 5 to 97: then every factor has an "
                              "inverse, and reverse problems one solution.")
         if args.ops < 1 or args.questions < 1:
-            raise ValueError(f"--ops {args.ops} and --questions {args.questions} must be at least 1.")
+            raise sleep.BadInput(f"--ops {args.ops} and --questions {args.questions} must be at least 1.")
         if not (1 <= args.animals <= len(ANIMALS) and 1 <= args.places <= 4900
                 and 0 <= args.reverse <= 1 and self.vocab_size < 2 ** 15):
-            raise ValueError(f"--animals {args.animals} must be 1 to {len(ANIMALS)}, --places "
+            raise sleep.BadInput(f"--animals {args.animals} must be 1 to {len(ANIMALS)}, --places "
                              f"{args.places} 1 to 4900 with fewer than 32,768 tokens in all (here "
                              f"{self.vocab_size:,}), --reverse {args.reverse} from 0 to 1.")
         if not 1 <= args.L <= self.lengths[0]:
-            raise ValueError(f"--L {args.L} must be between 1 and the {self.lengths[0]} tokens before "
+            raise sleep.BadInput(f"--L {args.L} must be between 1 and the {self.lengths[0]} tokens before "
                              "the answers: a longer window is never full.")
         if args.problems < len(self.lengths) or args.tests < args.ops:
-            raise ValueError(f"--problems {args.problems} must be at least one for each of --T, --tests "
+            raise sleep.BadInput(f"--problems {args.problems} must be at least one for each of --T, --tests "
                              f"{args.tests} one for each of the {args.ops} numbers of operations.")
 
     @cached_property
@@ -375,16 +370,15 @@ class Problems:
         words = WORDS + [str(i) for i in range(s.p)] + names
         return " ".join(words[i] for i in tokens.tolist() if i != PAD)
 
-    def show(self, tokens, targets, guess=None):
+    def show(self, tokens, targets):
         """The text, then every question with its answer."""
         start = len(tokens) + 1 - (self.ask + 1) * ((len(targets) + 1) // (self.ask + 1))
         lines = textwrap.wrap(self.text(tokens[:start]), 92, break_on_hyphens=False)
         for i in (targets >= 0).nonzero().flatten().tolist():
             end = len(tokens) - len(targets) + i + 1
-            said = "" if guess is None else f"; the model says {self.text(guess[i: i + 1]) or 'nothing'}"
-            lines.append(f"{self.text(tokens[end - self.ask: end])} {targets[i] - 11}{said}")
+            lines.append(f"{self.text(tokens[end - self.ask: end])} {targets[i] - 11}")
         return textwrap.indent("\n".join(lines), "  ")
 
 
 if __name__ == "__main__":
-    sleep.main(__doc__, PRESETS, add_flags, Problems)
+    sleep.main(__doc__, PRESETS, FLAGS, Problems)

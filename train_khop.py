@@ -14,7 +14,6 @@ paper does not say: the law of n in training. In the larger presets half of the 
 nodes, the others n from 3 on with weight 1 / (n + sqrt(nodes)), the law of Physics of Language Models
 4.1; in the cpu preset all have all nodes.
 """
-import argparse
 import math
 
 import torch
@@ -23,44 +22,44 @@ import torch.nn.functional as F
 import sleep
 
 PRESETS = {
-    "cpu": dict(N=[1, 3], nodes=12, K=4, queries=8, words=False, n_law="all", L=12, layout="as",
-                d_model=64, n_head=2, taps=4, steps=1600, batch_size=128, lr_muon=7e-3, lr_adamw=3e-3,
-                cooldown=0.1, eval_every=100),
-    "gpu": dict(N=[1, 2, 4], nodes=24, K=8, queries=10, words=True, n_law="mix", L=24, layout="asas",
-                d_model=256, n_head=4, steps=5000, batch_size=128, lr_muon=2e-3, lr_adamw=5e-4,
-                eval_every=250),
-    "paper": dict(N=[1, 2, 4], nodes=75, K=16, queries=10, words=True, n_law="mix", L=75,
-                  layout="as" * 5, d_model=512, n_head=8, steps=100_000, batch_size=128,
-                  lr_muon=2e-3, lr_adamw=5e-4, eval_every=1000, conv="s", taps=4),
+    "cpu": dict(N=[1, 3], nodes=12, K=4, queries=8, words=False, n_law="all", question_first=False,
+                L=12, layout="as", d_model=64, n_head=2, steps=1600, batch_size=128, lr_muon=7e-3,
+                lr_adamw=3e-3, cooldown=0.1, eval_every=100),
+    "gpu": dict(N=[1, 2, 4], nodes=24, K=8, queries=10, words=True, n_law="mix",
+                question_first=False, L=24, layout="asas", d_model=256, n_head=4, steps=5000,
+                batch_size=128, lr_muon=2e-3, lr_adamw=5e-4, eval_every=250),
+    "paper": dict(N=[1, 2, 4], nodes=75, K=16, queries=10, words=True, n_law="mix",
+                  question_first=False, L=75, layout="as" * 5, d_model=512, n_head=8, steps=100_000,
+                  batch_size=128, lr_muon=2e-3, lr_adamw=5e-4, eval_every=1000, conv="s"),
 }
 PAD, ARROW, COMMA, HOPS, AFTER, COLON, ONE = range(7)      # then 1..K as ONE.., then the nodes
 
 
-def add_flags(f):
-    f.add_argument("--nodes", type=int, help="nodes of the largest cycle")
-    f.add_argument("--K", type=int, help="most hops that are asked for")
-    f.add_argument("--queries", type=int, help="questions in a sequence, with distinct starts")
-    f.add_argument("--words", action=argparse.BooleanOptionalAction,
-                   help="4 tokens an edge and 6 a question, as in the paper; else 2 and 3")
-    f.add_argument("--n_law", choices=["all", "law", "mix"],
-                   help="nodes in training: all, 1 / (n + sqrt(nodes)) from 3 on, or half of each")
-    f.add_argument("--question_first", action="store_true", help="ask before the edges are read")
+FLAGS = dict(
+    nodes="nodes of the largest cycle",
+    K="most hops that are asked for",
+    queries="questions in a sequence, with distinct starts",
+    words="4 tokens an edge and 6 a question, as in the paper; else 2 and 3",
+    n_law="nodes in training: all, law = 1 / (n + sqrt(nodes)) from 3 on, or mix = half of each",
+    question_first="ask before the edges are read")
 
 
 class Cycles:
     """The task, as sleep.main wants it."""
-    name, cases = "khop", "k"
+    name = "khop"
 
     def __init__(self, args, seed):
         self.nodes, self.K, self.M, self.n_law = args.nodes, args.K, args.queries, args.n_law
         self.words, self.question_first = args.words, args.question_first
         self.batch_size, self.seed, self.device = args.batch_size, seed, args.device
-        if self.nodes < 7 or self.K < 1:
-            raise ValueError(f"--nodes {self.nodes} --K {self.K}: take 7 nodes or more (fewer make too "
-                             "few cycles to hold some out of training) and K of 1 or more.")
+        if not (7 <= self.nodes <= 10_000 and 1 <= self.K <= 10_000):
+            raise sleep.BadInput(f"--nodes {self.nodes} --K {self.K}: take 7 to 10,000 nodes (fewer make "
+                                 "too few cycles to hold some out of training) and a K of 1 to 10,000.")
+        if self.n_law not in ("all", "law", "mix"):
+            raise sleep.BadInput(f"--n_law {self.n_law} must be all, law or mix.")
         if not 1 <= self.M <= self.nodes:
-            raise ValueError(f"--queries {self.M} must be between 1 and the {self.nodes} nodes: every "
-                             "question of a sequence starts at another node.")
+            raise sleep.BadInput(f"--queries {self.M} must be between 1 and the {self.nodes} nodes: every "
+                                 "question of a sequence starts at another node.")
         self.node = ONE + self.K                               # the token of node 0
         self.vocab_size = self.node + self.nodes
         edge = 4 if self.words else 2
@@ -68,11 +67,11 @@ class Cycles:
         self.prefix = self.M * (4 if self.words else 2) if self.question_first else 0
         context = self.prefix + edge * self.nodes
         if not 1 <= args.L <= context:
-            raise ValueError(f"--L {args.L} must be between 1 and the {context} tokens that come "
-                             "before the answers: a longer window is never full.")
+            raise sleep.BadInput(f"--L {args.L} must be between 1 and the {context} tokens that come "
+                                 "before the answers: a longer window is never full.")
         if self.M * self.ask > args.L and args.L % self.ask:
-            raise ValueError(f"--L {args.L} would cut a question of {self.ask} tokens in two: take a "
-                             f"multiple, or fewer --queries.")
+            raise sleep.BadInput(f"--L {args.L} would cut a question of {self.ask} tokens in two: take "
+                                 f"a multiple, or fewer --queries.")
         self.pad = -context % args.L                           # whole windows before the answers
         self.context = self.pad + context
         self.T = self.context + self.M * self.ask
@@ -157,24 +156,17 @@ class Cycles:
             metrics["loss"][str(hops)] = loss[chosen].float().mean().item()
         return metrics
 
-    def show(self, tokens, targets, guess=None):
+    def show(self, tokens, targets):
         k = self.hops(tokens[None])[0].tolist()
         told = targets.unflatten(0, (self.M, -1))[:, -2].tolist()
         ask = tokens[self.context:].unflatten(0, (self.M, -1))
         edges = tokens[self.pad + self.prefix: self.context]
         edges = edges[edges >= self.node].view(-1, 2) - self.node
         text = ["  " + ", ".join(f"{a} -> {b}" for a, b in edges.tolist())]
-        for j, a in enumerate(told):
-            if a < 0:
-                continue
-            q = ask[j, -2 - self.words] - self.node
-            said = ""
-            if guess is not None:
-                said = guess.unflatten(0, (self.M, -1))[j, -2].item() - self.node
-                said = f"; the model says {said if said >= 0 else 'no node'}"
-            text.append(f"  {k[j]} hops after {q}: {a - self.node}{said}")
+        text += [f"  {k[j]} hops after {ask[j, -2 - self.words] - self.node}: {a - self.node}"
+                 for j, a in enumerate(told) if a >= 0]
         return "\n".join(text)
 
 
 if __name__ == "__main__":
-    sleep.main(__doc__, PRESETS, add_flags, Cycles)
+    sleep.main(__doc__, PRESETS, FLAGS, Cycles)

@@ -1,0 +1,89 @@
+"""Draw lab/mechanism.png: a model sleeps over two windows, keeps only S, and answers in one pass.
+Run `python -m lab.mechanism`; one unit of the drawing is a tenth of an inch."""
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.path import Path as Line
+
+INK, FADED, ASLEEP, AWAKE = "#222222", "#b4b4b4", "#e6ebf2", "#fff3c4"
+H, S = "#0072b2", "#d55e00"           # blue and orange that stay apart for colour-blind eyes
+WIDTH, GAP, LEFT = 22, 9.5, 12        # a column, the room between two, where the first begins
+STEP, CELL, BAR, RISE = WIDTH / 6, 3.2, 4.4, 3.6   # a token's width; heights: token, bar, arrow
+TOKENS_AT, PASS_AT, EVICTED_AT = 6.4, (13.2, 21.2, 29.2), 37.2     # lower edges of the rows
+H_AT, S_AT = WIDTH / 2, WIDTH - 4.5   # where h and S rise, from the left edge of a column
+
+
+def text(ax, x, y, words, color=INK, size=13, **style):
+    ax.text(x, y, words, color=color, size=size, va="center_baseline", **{"ha": "center", **style})
+
+
+def symbol(ax, x, y, words, color):
+    text(ax, x, y, words, color, 15, style="italic", weight="bold")
+
+
+def arrow(ax, color, points, codes=None):
+    ax.add_patch(FancyArrowPatch(path=Line(points, codes), arrowstyle="-|>", mutation_scale=16,
+                                 color=color, lw=2.4, capstyle="butt"))
+
+
+def rise(ax, x, y, name, color):
+    arrow(ax, color, [(x, y), (x, y + RISE)])
+    symbol(ax, x + 1.6, y + RISE / 2, name, color)
+
+
+def carry(ax, x):
+    """S leaves the last pass of a column and enters the first of the next, round two corners."""
+    high, low, middle, r = PASS_AT[-1] + BAR / 2, PASS_AT[0] + BAR / 2, x + WIDTH + GAP / 2, 1
+    corner = [Line.LINETO, Line.CURVE3, Line.CURVE3]
+    arrow(ax, S, [(x + WIDTH, high), (middle - r, high), (middle, high), (middle, high - r),
+                  (middle, low + r), (middle, low), (middle + r, low), (x + WIDTH + GAP, low)],
+          [Line.MOVETO, *corner, *corner, Line.LINETO])
+    symbol(ax, middle + 1.8, (high + low) / 2, "S", S)
+
+
+def cells(ax, x, y, signs, edge=INK, **style):
+    """A row of tokens, centred in the column that begins at x."""
+    for i, sign in enumerate(signs, start=3 - len(signs) // 2):
+        ax.add_patch(Rectangle((x + i * STEP, y), STEP, CELL, fc="white", ec=edge, lw=1.4))
+        text(ax, x + (i + 0.5) * STEP, y + CELL / 2, sign, **style)
+
+
+def column(ax, x, title, state, color, signs, passes=("pass 1", "pass 2", "pass 3")):
+    """Tokens at the bottom, one bar for each pass above; h rises through all, S between passes."""
+    text(ax, x + WIDTH / 2, 4.3, title, weight="bold")
+    text(ax, x + WIDTH / 2, 1.9, state)
+    cells(ax, x, TOKENS_AT, signs)
+    rise(ax, x + H_AT, TOKENS_AT + CELL, "h", H)
+    for y, name in zip(PASS_AT, passes):
+        ax.add_patch(FancyBboxPatch((x, y), WIDTH, BAR, "round,pad=0,rounding_size=0.6",
+                                    ec=INK, fc=color, lw=1.4))
+        text(ax, x + 1.8, y + BAR / 2, name, ha="left", weight="bold")
+        text(ax, x + WIDTH - 1.8, y + BAR / 2, "Blocks", ha="right")
+        rise(ax, x + H_AT, y + BAR, "h", H)
+        if name != passes[-1]:
+            rise(ax, x + S_AT, y + BAR, "S", S)
+
+
+def draw(path):
+    fig = Figure(figsize=(10, 4.5), facecolor="white")
+    ax = fig.add_axes([0, 0, 1, 1], xlim=(0, 100), ylim=(0, 45))
+    ax.axis("off")
+    one, two, last = (LEFT + i * (WIDTH + GAP) for i in range(3))
+    symbol(ax, 4.8, PASS_AT[0] + BAR / 2, "S = 0", S)
+    arrow(ax, S, [(8.4, PASS_AT[0] + BAR / 2), (LEFT, PASS_AT[0] + BAR / 2)])
+    for x, k, signs in (one, 1, "011010"), (two, 2, "100111"):
+        column(ax, x, f"window {k}: L tokens", "asleep, N = 3", ASLEEP, signs)
+        cells(ax, x, EVICTED_AT, "✕" * 6, FADED, size=20)
+        text(ax, x + WIDTH / 2, 42.7, r"evicted: cache and $\mathit{h}$")
+        carry(ax, x)
+    column(ax, last, "answer window", "awake", AWAKE, "=?", ["one pass"])
+    text(ax, last + WIDTH / 2, PASS_AT[1] + 1.6, "answer", size=15, weight="bold")
+    for y, name, words, color in (40, "h", "features", H), (36, "S", "fast weights", S):
+        symbol(ax, last + 4, y, name, color)
+        text(ax, last + 6, y, words, color, 14, ha="left")
+    fig.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    draw(Path(__file__).with_name("mechanism.png"))
