@@ -129,6 +129,8 @@ class Memory(NamedTuple):
 
 def latest(x, n):
     """The last n tokens of x (..., T, d), fewer if there are not as many; the rest can be freed."""
+    if n == 0:
+        return x.new_zeros(*x.shape[:-2], 0, x.shape[-1])      # a slice would hold on to its past
     return x[..., max(x.shape[-2] - n, 0):, :].contiguous()
 
 

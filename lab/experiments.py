@@ -1,0 +1,329 @@
+"""What readers of the paper ask: a few models each, on equal terms.
+
+    python -m lab.experiments                            the list of experiments
+    python -m lab.experiments iterated --seed 0 1 2      run one; further flags are for all its runs
+    python -m lab.experiments other_N --any_N --help     all flags; these four are of this file:
+
+    --carry hS, h or S   what a pass of a sleep hands to the next; without S the last pass writes it
+    --think n            passes over an answer window
+    --detach n           gradients pass through the last n passes of a sleep only, and skip the rest
+    --any_N              draw N anew for every training step, from 1 to --N
+
+Runs are kept in out/experiments/ and shared: what is finished is not run again, whichever experiment
+it was for. An experiment's file NAME.json holds its runs, and their cost in TFLOP; NAME.png shows
+them. The preset is cpu, if no flag says otherwise.
+"""
+import importlib
+import json
+import random
+import re
+import shlex
+import sys
+import tempfile
+from argparse import Namespace
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import sleep
+from lab.benchmark import count_flop
+from lab.plot import METRICS, case_words, figure, legend, panels, pick, save_figure, title
+
+FOLDER = Path("out/experiments")
+MODULES = dict(ca=("train_ca", "Tapes"), khop=("train_khop", "Cycles"), gsm=("train_gsm", "Problems"))
+OWN = dict(carry="hS", think=1, detach=0, any_N=False)         # the flags of this file
+HELP = dict(carry="what a pass of a sleep hands to the next: hS, h or S",
+            think="passes over an answer window",
+            detach="gradients pass through the last so many passes of a sleep only; 0: through all",
+            any_N="draw N anew for every training step, from 1 to --N")
+
+
+class Row(NamedTuple):
+    """An experiment."""
+    task: str              # one of MODULES
+    question: str
+    conditions: dict       # {flags: the same in words}
+    N_test: tuple = ()     # test with these N, too, and draw that
+
+
+ONE_OR_THREE = {"--N 1": "1 pass", "--N 3": "3 passes"}
+ITERATED = {"--N 3": "3 passes hand on h and S",
+            "--N 3 --carry h": "3 passes hand on h, the last one writes S",
+            "--N 3 --carry S": "3 passes hand on S, each reads the embeddings",
+            "--N 1": "1 pass"}
+
+
+def times(kinds, costs):
+    """Every kind with every cost: the product of two tables of conditions."""
+    return {f"{a} {b}".strip(): f"{x}, {y}" for a, x in kinds.items() for b, y in costs.items()}
+
+
+EXPERIMENTS = {
+    "iterated": Row("ca", "What is iterated: h, S, or both?", ITERATED),
+    "khop_iterated": Row("khop", "What is iterated on another task: h, S, or both?", ITERATED),
+    "difficulty": Row("ca", "Is it the depth of a question, or its difficulty?", times({
+        "--t 0 --steps 150": "0 steps of rule 110 (storage only)",
+        "--t 1 --steps 150": "1 step of rule 110", "--t 4": "4 steps of rule 110",
+        "": "6 steps of rule 110", "--t 8": "8 steps of rule 110",
+        "--rule 90 --t 4": "4 steps of rule 90 (XOR of 2 cells)",
+        "--rule 90": "6 steps of rule 90 (XOR of 4 cells)"}, ONE_OR_THREE)),
+    "hold_out": Row("ca", "New questions in the test, or only new tapes?", times(
+        {"": "new questions", "--hold_out reach": "new tapes"}, ONE_OR_THREE)),
+    "compute": Row("ca", "Is it just compute?", {
+        "--N 1": "1 pass", "--N 3": "3 passes", "--N 1 --layout asasas": "1 pass, three times as deep",
+        "--N 1 --d_model 112": "1 pass, wider", "--N 1 --think 3": "1 pass, 3 over the answers"}),
+    "other_N": Row("ca", "What if N is another one at the test?", {
+        **{f"--N {N}": f"trained with N = {N}" for N in (1, 2, 3, 4)},
+        "--N 4 --any_N": "trained with N drawn from 1 to 4"}, (1, 2, 3, 4, 6, 8, 12, 16)),
+    "rule": Row("ca", "Does the fast-weight rule matter? (new tapes in the test)", times({
+        "--hold_out reach --update_rule hebbian": "Hebbian",
+        "--hold_out reach --update_rule gated_hebbian": "gated Hebbian (Eq. 3)",
+        "--hold_out reach --update_rule delta": "delta",
+        "--hold_out reach": "gated delta"}, ONE_OR_THREE)),
+    "conv": Row("ca", "What does the short convolution do? (new tapes in the test)", times({
+        "--hold_out reach --conv ''": "none", "--hold_out reach --conv a": "before attention",
+        "--hold_out reach --conv s": "before the SSM (paper)", "--hold_out reach": "before both"},
+        {"--N 1": "1 pass", "--N 1 --steps 1500": "1 pass, 1500 steps", "--N 3": "3 passes"})),
+    "seeds": Row("ca", "Is it stable? Take --seed 0 1 2 3 4.", ONE_OR_THREE),
+    "gradient": Row("ca", "Does the gradient have to reach all passes?", {
+        "--N 3": "3 passes", "--N 3 --detach 2": "3 passes, gradient through the last 2",
+        "--N 1": "1 pass"}),
+    "span": Row("ca", "Is one block enough to loop?", {
+        "--N 3": "3 passes through both blocks", "--N 3 --loop 1 2": "3 passes, SSM block only",
+        "--N 3 --loop 0 1": "3 passes, attention block only", "--N 1": "1 pass"}),
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# Algorithm 1 with one thing changed
+
+class Changed(sleep.SleepLM):
+    """A SleepLM with --carry, --think or --detach; hard eviction, all blocks looped."""
+
+    def __init__(self, cfg, carry, think, detach):
+        super().__init__(cfg)
+        self.carry, self.think, self.detach = carry, think, detach
+
+    def sleep(self, h, memory, N=None):
+        self.check(h, memory, asleep=True)
+        N, start, S = self.cfg.N if N is None else N, h, memory.S
+        skip = lambda now, then: None if now is None else now.detach() + then - then.detach()
+        for n in range(N):
+            if self.detach and n == N - self.detach:           # numbers of now, gradients of then
+                h, S = skip(h, start), [skip(*pair) for pair in zip(S, memory.S)]
+            refined, written, _ = self.one_pass(h, S, memory.cache, 0, len(self.blocks))
+            h = refined if "h" in self.carry else h
+            S = written if "S" in self.carry or n == N - 1 else S
+        return self.evict(sleep.Memory(S, memory.cache, 0))
+
+    def wake(self, h, memory):
+        self.check(h, memory)
+        awake = memory.awake + h.shape[1]
+        for _ in range(self.think):        # each from the S before the window: later ones saw labels
+            h, S, cache = self.one_pass(h, memory.S, memory.cache, 0, len(self.blocks))
+        return self.head(self.norm(h)), sleep.Memory(S, cache, awake)
+
+    def stream(self, tokens, state=None):
+        raise ValueError("a changed model does not stream: its sleep begins with all of the window.")
+
+
+def changed(Task):
+    """The class of a task that knows the flags of this file, too."""
+    class ChangedTask(Task):
+        def __init__(self, args, seed):
+            super().__init__(args, seed)
+            change = {flag: getattr(args, flag) for flag in ("carry", "think", "detach")}
+            said = " ".join(f"--{flag} {value}" for flag, value in change.items())
+            if args.carry not in ("hS", "h", "S") or args.think < 1 or args.detach < 0:
+                raise sleep.BadInput(f"{said}: carry is hS, h or S, and the numbers are not negative "
+                                     "(think at least 1).")
+            if args.detach and args.detach >= min(args.N):
+                raise sleep.BadInput(f"--detach {args.detach} must be fewer passes than --N "
+                                     f"{min(args.N)}: it would change nothing.")
+            if change != dict(carry="hS", think=1, detach=0):
+                if args.eviction != "hard" or tuple(args.loop) not in ((), (0, len(args.layout))):
+                    raise sleep.BadInput(f"{said}: these take hard eviction and all blocks looped.")
+                self.model = partial(Changed, **change)
+            if args.any_N:
+                if len(args.N) > 1:
+                    raise sleep.BadInput("--any_N takes one --N: the largest that is drawn.")
+                self.draw_N = lambda step: random.Random(seed * 10 ** 9 + step).randint(1, args.N[0])
+    return ChangedTask
+
+
+def load_task(name):
+    """Docstring, presets, flags and class of a task, with the flags of this file."""
+    module, Task = MODULES[name]
+    module = importlib.import_module(module)
+    presets = {preset: values | OWN for preset, values in module.PRESETS.items()}
+    return module.__doc__, presets, module.FLAGS | HELP, changed(getattr(module, Task))
+
+
+def flop(run):
+    """FLOP of a training step of a run, the mean of ten; rebuilt from its settings.
+
+    One sequence of a batch is counted, on the CPU. Of the word problems only a few are made.
+    """
+    *_, Task = load_task(run["task"])
+    with tempfile.TemporaryDirectory() as data, redirect_stdout(None):
+        s = OWN | run["settings"]
+        few = dict(N=[s["N"]], device="cpu", batch_size=1, data=data, problems=len(s.get("T", [])))
+        task = Task(Namespace(**s | few), s["seed"])
+        cfg = sleep.Config(task.vocab_size, task.T, **{k: s[k] for k in sleep.MODEL_FLAGS})
+        model, draw_N = getattr(task, "model", sleep.SleepLM)(cfg), getattr(task, "draw_N", None)
+        batches = [(task.make_batch(step), draw_N(step) if draw_N else cfg.N) for step in range(10)]
+    costs = {}                             # steps of the same shape cost the same
+    for (tokens, targets, *_), N in batches:
+        shape = tokens.shape, N
+        costs[shape] = costs.get(shape) or count_flop(model, tokens, targets, N)
+    return s["batch_size"] * sum(costs[batch[0].shape, N] for batch, N in batches) / len(batches)
+
+
+# ------------------------------------------------------------------------------------------------
+# Running
+
+def folder(task, args, default):
+    """Where the runs of a condition are kept: named by all that is not as in the preset."""
+    but = {"N", "seed", "N_test", "preset", "compile", "recompute", "data", "out", "resume"}
+    words = [task] + [args.preset] * (args.preset != "cpu")
+    for flag, value in sorted(vars(args).items()):
+        if flag not in but and value != getattr(default, flag):
+            value = "-".join(map(str, value)) if isinstance(value, list) else str(value)
+            words.append(flag if value == "True" else f"{flag}-{value or 'none'}")
+    return FOLDER / "-".join(words)
+
+
+def experiment(name, argv):
+    """Run what is missing of an experiment, then write its runs to one file and draw them."""
+    row = EXPERIMENTS[name]
+    tests = ["--N_test", *map(str, row.N_test)] if row.N_test else []
+    own = {"--out", "--resume", *tests[:1], *re.findall(r"--\w+", " ".join(row.conditions))}
+    if taken := own & {flag.split("=")[0] for flag in argv}:
+        raise sleep.BadInput(f"{name} takes no {' '.join(sorted(taken))}: it sets that itself.")
+    doc, presets, flags, Task = load_task(row.task)
+    todo, runs = [], []
+    for condition in row.conditions:       # refuse before anything is trained
+        line = ["--preset", "cpu", *argv, *shlex.split(condition), *tests]
+        args = sleep.parse(doc, presets, flags, line)[1]
+        default = sleep.parse(doc, presets, flags, ["--preset", args.preset])[1]
+        sleep.plan(args, Task)
+        todo.append((condition, args, line, folder(row.task, args, default)))
+    for condition, args, line, out in todo:
+        print(f"\n{name}: {row.conditions[condition]} ({condition})")
+        try:
+            sleep.main(doc, presets, flags, Task, [*line, "--out", str(out), "--resume"])
+        except SystemExit as e:
+            if not isinstance(e.code, str):                    # the sentence is on the screen
+                raise
+            sys.exit("stopped. The same command goes on from the last evaluation."
+                     if e.code.startswith("stopped") else f"{e.code} (In {out}.)")
+        group = [sleep.load_run(out / f"N{N}-seed{seed}.json") for N in dict.fromkeys(args.N)
+                 for seed in dict.fromkeys(args.seed)]
+        tflop = flop(group[0]) * group[0]["steps"] / 1e12
+        runs += [run | dict(flags=condition, label=row.conditions[condition], tflop=tflop)
+                 for run in group]
+    out = FOLDER / re.sub("[^a-zA-Z0-9_.]+", "-", " ".join([name, *argv])).strip("-")
+    json_file, png = (out.with_name(out.name + end) for end in (".json", ".png"))
+    sleep.write(json_file, lambda p: p.write_text(json.dumps(dict(runs=runs), indent=1)))
+    if row.N_test:
+        plot_other_N(runs, row, png)
+    else:
+        plot_conditions(runs, row, png)
+    print(f"\n{row.question}")
+    metric = next(iter(runs[0]["chance"]))
+    for label, group in by_label(runs).items():
+        means = [f"{case_words(row.task, case)} {sum(v) / len(v):.3f} ({min(v):.3f} to {max(v):.3f})"
+                 for case in cases(runs[0], metric)
+                 for v in [[pick(run, metric, case) for run in group]]]
+        print(f"  {label:50} {group[0]['tflop']:8.3g} TFLOP  {metric} {'; '.join(means).strip()}")
+    print(f"saved: {json_file}, {png}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures
+
+def by_label(runs):
+    """{a condition in words: its runs}"""
+    groups = {}
+    for run in runs:
+        groups.setdefault(run["label"], []).append(run)
+    return groups
+
+
+def cases(run, metric):
+    """The cases of a metric, or [None] if it is one number."""
+    return [case for row in panels({metric: run["chance"][metric]}) for _, case in row]
+
+
+def plot_conditions(runs, row, path):
+    """A bar a condition, a dot a seed; a panel a case."""
+    groups, metric = by_label(runs), next(iter(runs[0]["chance"]))
+    columns = cases(runs[0], metric)
+    fig, axes = figure(1, len(columns), (4.2 + 2.6 * len(columns) + (len(columns) == 1) * 2.0,
+                                         1.7 + 0.36 * len(groups)), sharey=True)
+    for ax, case in zip(axes[0], columns):
+        named = set()
+        for i, group in enumerate(groups.values()):
+            values = [pick(run, metric, case) for run in group]
+            guess, more = pick(group[0]["chance"], metric, case), group[0]["N"] > 1
+            said = "mean, more passes" if more else "mean, 1 pass"
+            ax.barh(-i, sum(values) / len(values), color=f"C{int(more)}", alpha=0.4,
+                    label=None if said in named else said)
+            ax.plot(values, [-i] * len(values), f"C{int(more)}o", ms=4)
+            ax.plot([guess, guess], [-i - 0.45, -i + 0.45], "k--", lw=1,
+                    label=None if i else "constant guess")
+            named.add(said)
+        ax.set(yticks=range(0, -len(groups), -1), xlim=(0, 1.03))
+        ax.set_title(case_words(row.task, case), fontsize=10)
+        ax.set_yticklabels([f"{label}  [{group[0]['tflop']:.3g} TFLOP]"
+                            for label, group in groups.items()], fontsize=8)
+        ax.set_xlabel(METRICS.get(metric, metric) if len(columns) == 1 else
+                      METRICS.get(metric, metric).split(":")[0])
+    fig.suptitle(f"{row.question}\n{title(runs)}", fontsize=10)
+    legend(fig, axes[0, 0], "a dot is a seed, in brackets the cost of training a model")
+    save_figure(fig, path)
+
+
+def plot_other_N(runs, row, path):
+    """A line a condition, a dot a seed, against N at the test; a panel a case."""
+    groups, metric = by_label(runs), next(iter(runs[0]["chance"]))
+    columns, N = cases(runs[0], metric), row.N_test
+    fig, axes = figure(1, len(columns), (max(3.2 * len(columns), 7), 4.6), sharey=True)
+    for ax, case in zip(axes[0], columns):
+        for i, (label, group) in enumerate(groups.items()):
+            values = [[pick(run["N_test"][str(n)], metric, case) for run in group] for n in N]
+            ax.plot(N, [sum(v) / len(v) for v in values], f"C{i}-", label=label)
+            ax.plot(N, values, f"C{i}.", ms=4)
+        ax.axhline(pick(runs[0]["chance"], metric, case), color="k", ls="--", lw=1,
+                   label="constant guess")
+        ax.set(xscale="log", ylim=(0, 1.03), xlabel="N at the test: passes of a sleep")
+        ax.set_title(case_words(row.task, case), fontsize=10)
+        ax.set_xticks(N, N, minor=False)
+        ax.minorticks_off()
+    axes[0, 0].set_ylabel(METRICS.get(metric, metric))
+    fig.suptitle(f"{row.question}\n{title(runs)}", fontsize=10)
+    legend(fig, axes[0, 0], "lines: mean of the seeds; dots: the seeds")
+    save_figure(fig, path)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    names = "\n".join(f"  {name:14} {row.question}" for name, row in EXPERIMENTS.items())
+    if not argv:
+        print(f"python -m lab.experiments NAME [flags for all runs], with NAME one of\n{names}")
+    elif argv[0] in ("-h", "--help"):
+        print(f"{__doc__}\n{names}")
+    elif argv[0] not in EXPERIMENTS:
+        print(f"there is no experiment '{argv[0]}'; there are\n{names}", file=sys.stderr)
+        sys.exit(2)
+    else:
+        try:
+            experiment(argv[0], argv[1:])
+        except sleep.BadInput as e:
+            print(f"experiments.py: {e}", file=sys.stderr)
+            sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
