@@ -895,7 +895,7 @@ def test_the_k_hop_report_is_the_loss_and_accuracy_of_the_answers_alone_for_each
         assert abs(metrics["accuracy"][str(i)] - right[k == i].float().mean()) < 1e-6
     assert 0.3 < right.float().mean() < 0.7
     chance = {metric: {str(i): value for i in (1, 2, 4, 8, 16)}
-              for metric, value in (("accuracy", 1 / 75), ("loss", math.log(75)))}
+              for metric, value in (("accuracy", 1 / 74), ("loss", math.log(74)))}
     assert task.chance == chance
 
 
@@ -910,6 +910,35 @@ def test_earlier_answers_do_not_give_later_ones_away():
         leaks += (a == b).sum()
         group = torch.where(group == b, a, group)
     assert leaks < 0.001 * 10_000
+
+
+def test_without_the_edges_no_guess_is_better_than_the_constant_one_unless_answers_are_fed():
+    for flags in ("--preset cpu", "--preset gpu", "--preset cpu --feed"):
+        task = built(train_khop, flags)
+        (tokens, targets), n = task.test, task.nodes
+        ask = tokens[:, task.context:].unflatten(1, (task.M, -1))
+        q = ask[..., task.said - task.words] - task.node
+        a = targets.unflatten(1, (task.M, -1))[..., task.said] - task.node
+        assert ask.shape[2] == (5 if task.words else 2) + task.feed
+        for k in task.test_k:
+            this = task.hops(tokens) == k
+            guesses = [a == node for node in range(n)] + [a == (q + d) % n for d in range(n)]
+            guesses += [a == q.roll(j, 1) for j in range(1, task.M)]           # that of another question
+            best = max(guess[this].double().mean().item() for guess in guesses)
+            chance = task.chance["accuracy"][str(k)]
+            assert chance == 1 / (n - 1)
+            assert best < chance + 4.5 * (chance / this.sum().item()) ** 0.5, (flags, k, best)
+        earlier = torch.tensor([[sum(x == y for x in row[:j]) for j, y in enumerate(row)]
+                                for row in task.hops(tokens).tolist()])       # with the same k
+        known = (1 / (n - 1 - earlier.double() * task.feed)).mean().item()     # their answers are out
+        assert known > 1.1 / (n - 1) if task.feed else abs(known * (n - 1) - 1) < 1e-9
+
+
+def test_questions_get_deeper_over_the_first_share_of_the_steps():
+    task = built(train_khop, "--preset cpu --deeper 0.5 --steps 80")
+    for step, deepest in ((0, 1), (9, 1), (10, 2), (25, 3), (39, 4), (40, 4), (79, 4)):
+        assert set(task.hops(task.make_batch(step)[0]).flatten().tolist()) == {*range(1, deepest + 1)}
+    assert set(task.hops(task.test[0]).flatten().tolist()) == {1, 2, 3, 4}
 
 
 def test_no_cycle_of_the_test_is_ever_trained_on():
@@ -1645,7 +1674,7 @@ def test_a_script_refuses_bad_input_in_one_line_with_status_2():
     for words, flags in (
             ("a K of 1", "--K 0"), ("between 1 and the 12 nodes", "--queries 13"),
             ("take 7 to", "--nodes 4"), ("never full", "--L 25"), ("never full", "--L 0"),
-            ("cut a question", "--L 10"), ("--n_law some", "--n_law some")):
+            ("cut a question", "--L 9"), ("--n_law some", "--n_law some"), ("--deeper", "--deeper 2")):
         status, _, err = script(train_khop, f"--device cpu {flags}")
         assert status == 2 and words in err and err.count("\n") == 1, (flags, status, err)
 

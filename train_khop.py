@@ -4,8 +4,11 @@ The edges of one directed cycle of n nodes in random order, then questions: whic
 after q? The edges are evicted before the first question. Storing them is the same work for every k;
 only the number of edges that an answer strings together grows.
 
-    3 -> 0 , 1 -> 3 , 0 -> 2 , 2 -> 1 ,     2 hops after 1 : 0       edges, then a question (words)
-    3 0 1 3 0 2 2 1                         2 1 0                    the same, terse
+    3 -> 0 , 1 -> 3 , 0 -> 2 , 2 -> 1 ,     2 hops after 1 :     edges, then a question (words)
+    3 0 1 3 0 2 2 1                         2 1                  the same, terse
+
+The answer, 0, is said at the last token of the question. It never stands in the input, where it
+would help with the next question. (--feed: it does, as in the paper.)
 
     python train_khop.py                    N = 1 against N = 3, minutes on two CPU cores
     python train_khop.py --preset paper     Section 6.2's sizes, for a GPU
@@ -22,15 +25,16 @@ import torch.nn.functional as F
 import sleep
 
 PRESETS = {
-    "cpu": dict(N=[1, 3], nodes=12, K=4, queries=8, words=False, n_law="all", question_first=False,
-                L=12, layout="as", d_model=64, n_head=2, steps=1600, batch_size=128, lr_muon=7e-3,
-                lr_adamw=3e-3, cooldown=0.1, eval_every=100),
-    "gpu": dict(N=[1, 2, 4], nodes=24, K=8, queries=10, words=True, n_law="mix",
-                question_first=False, L=24, layout="asas", d_model=256, n_head=4, steps=5000,
-                batch_size=128, lr_muon=2e-3, lr_adamw=5e-4, eval_every=250),
-    "paper": dict(N=[1, 2, 4], nodes=75, K=16, queries=10, words=True, n_law="mix",
-                  question_first=False, L=75, layout="as" * 5, d_model=512, n_head=8, steps=100_000,
-                  batch_size=128, lr_muon=2e-3, lr_adamw=5e-4, eval_every=1000, conv="s"),
+    "cpu": dict(N=[1, 3], nodes=12, K=4, queries=12, words=False, feed=False, n_law="all",
+                deeper=0.5, question_first=False, L=12, layout="as", d_model=64, n_head=1,
+                steps=2400, batch_size=64, lr_muon=7e-3, lr_adamw=3e-3, cooldown=0.2, eval_every=200),
+    "gpu": dict(N=[1, 2, 4], nodes=24, K=8, queries=12, words=True, feed=False, n_law="mix",
+                deeper=0.0, question_first=False, L=20, layout="asas", d_model=256, n_head=4,
+                steps=5000, batch_size=128, lr_muon=2e-3, lr_adamw=5e-4, eval_every=250),
+    "paper": dict(N=[1, 2, 4], nodes=75, K=16, queries=10, words=True, feed=True, n_law="mix",
+                  deeper=0.0, question_first=False, L=75, layout="as" * 5, d_model=512, n_head=8,
+                  steps=100_000, batch_size=128, lr_muon=2e-3, lr_adamw=5e-4, eval_every=1000,
+                  conv="s"),
 }
 PAD, ARROW, COMMA, HOPS, AFTER, COLON, ONE = range(7)      # then 1..K as ONE.., then the nodes
 
@@ -39,7 +43,9 @@ FLAGS = dict(
     nodes="nodes of the largest cycle",
     K="most hops that are asked for",
     queries="questions in a sequence, with distinct starts",
-    words="4 tokens an edge and 6 a question, as in the paper; else 2 and 3",
+    words="4 tokens an edge and 5 a question, as in the paper; else 2 and 2",
+    feed="as in the paper, every answer follows its question in the input, where later ones see it",
+    deeper="first share of the steps, in which the largest k that is trained grows from 1 to K",
     n_law="nodes in training: all, law = 1 / (n + sqrt(nodes)) from 3 on, or mix = half of each",
     question_first="ask before the edges are read")
 
@@ -50,39 +56,45 @@ class Cycles:
 
     def __init__(self, args, seed):
         self.nodes, self.K, self.M, self.n_law = args.nodes, args.K, args.queries, args.n_law
-        self.words, self.question_first = args.words, args.question_first
+        self.words, self.feed, self.question_first = args.words, args.feed, args.question_first
+        self.deeper = args.deeper * args.steps                 # steps until k reaches K
         self.batch_size, self.seed, self.device = args.batch_size, seed, args.device
         if not (7 <= self.nodes <= 10_000 and 1 <= self.K <= 10_000):
-            raise sleep.BadInput(f"--nodes {self.nodes} --K {self.K}: take 7 to 10,000 nodes (fewer make "
-                                 "too few cycles to hold some out of training) and a K of 1 to 10,000.")
-        if self.n_law not in ("all", "law", "mix"):
-            raise sleep.BadInput(f"--n_law {self.n_law} must be all, law or mix.")
+            raise sleep.BadInput(f"--nodes {self.nodes} --K {self.K}: take 7 to 10,000 nodes "
+                                 "(fewer make too few cycles to hold out) and a K of 1 to 10,000.")
+        if self.n_law not in ("all", "law", "mix") or not 0 <= args.deeper <= 1:
+            raise sleep.BadInput(f"--n_law {self.n_law} must be all, law or mix, and --deeper "
+                                 f"{args.deeper} a share of the steps, from 0 to 1.")
         if not 1 <= self.M <= self.nodes:
-            raise sleep.BadInput(f"--queries {self.M} must be between 1 and the {self.nodes} nodes: every "
-                                 "question of a sequence starts at another node.")
+            raise sleep.BadInput(f"--queries {self.M} must be between 1 and the {self.nodes} "
+                                 "nodes: every question of a sequence starts at another node.")
         self.node = ONE + self.K                               # the token of node 0
         self.vocab_size = self.node + self.nodes
         edge = 4 if self.words else 2
-        self.ask = (6 if self.words else 3) - self.question_first * (3 if self.words else 1)
+        ask = (5, 2) if self.words else (2, 1)                 # tokens, and if it was asked before
+        self.ask = ask[self.question_first] + self.feed
+        self.said = -2 if self.feed else -1                    # which of them says the answer
         self.prefix = self.M * (4 if self.words else 2) if self.question_first else 0
         context = self.prefix + edge * self.nodes
         if not 1 <= args.L <= context:
-            raise sleep.BadInput(f"--L {args.L} must be between 1 and the {context} tokens that come "
-                                 "before the answers: a longer window is never full.")
+            raise sleep.BadInput(f"--L {args.L} must be between 1 and the {context} tokens before "
+                                 "the answers: a longer window is never full.")
         if self.M * self.ask > args.L and args.L % self.ask:
-            raise sleep.BadInput(f"--L {args.L} would cut a question of {self.ask} tokens in two: take "
-                                 f"a multiple, or fewer --queries.")
+            raise sleep.BadInput(f"--L {args.L} would cut a question of {self.ask} tokens in two: "
+                                 "take a multiple, or fewer --queries.")
         self.pad = -context % args.L                           # whole windows before the answers
         self.context = self.pad + context
         self.T = self.context + self.M * self.ask
         self.test_k = ([2 ** i for i in range(self.K.bit_length())] if self.K > 4
                        else list(range(1, self.K + 1)))
         self.test = self.make_batch(-1)
-        self.chance = dict(accuracy={str(k): 1 / self.nodes for k in self.test_k},
-                           loss={str(k): math.log(self.nodes) for k in self.test_k})
+        # The best guess without the edges: any node but the one that is asked about. (Fed answers
+        # allow a better one: not the earlier answers of the same k.)
+        self.chance = dict(accuracy={str(k): 1 / (self.nodes - 1) for k in self.test_k},
+                           loss={str(k): math.log(self.nodes - 1) for k in self.test_k})
 
     def make_batch(self, step):
-        """Step -> tokens (B, T), targets (B, questions), from seed and step alone; -1 is the test."""
+        """Step -> tokens (B, T), targets (B, M * ask), from seed and step alone; -1 is the test."""
         test, device = step < 0, self.device
         g = torch.Generator(device).manual_seed(0 if test else self.seed * 10 ** 9 + step + 1)
         rand = lambda *shape: torch.rand(*shape, generator=g, device=device)
@@ -120,17 +132,19 @@ class Cycles:
             k = torch.tensor(self.test_k, device=device)[
                 torch.randint(len(self.test_k), start.shape, generator=g, device=device)]
         else:
-            k = torch.randint(1, self.K + 1, start.shape, generator=g, device=device)
+            grown = 1 + int(self.K * step / self.deeper) if step < self.deeper else self.K
+            k = torch.randint(1, min(grown, self.K) + 1, start.shape, generator=g, device=device)
         q = self.node + name.gather(1, start)
         a = self.node + name.gather(1, (start + k) % n)
         question = phrase(ONE - 1 + k, HOPS, AFTER, q) if self.words else phrase(ONE - 1 + k, q)
-        answer = phrase(COLON, a) if self.words else a[..., None]
         first = []
         if self.question_first:            # whole questions in front; before the answers q again
             first, question = [(question * asked[..., None]).flatten(1)], q[..., None]
-        asking = torch.cat([question, answer], -1) * asked[..., None]          # (B, M, ask)
+        colon = [torch.full_like(question[..., :1], COLON)] * self.words
+        answer = [a[..., None]] * self.feed
+        asking = torch.cat([question, *colon, *answer], -1) * asked[..., None]         # (B, M, ask)
         targets = torch.full_like(asking, -1)
-        targets[..., -2] = torch.where(asked, a, -1)           # said by the token before the answer
+        targets[..., self.said] = torch.where(asked, a, -1)
         padding = edges.new_full((B, self.pad), PAD)
         return torch.cat([padding, *first, edges, asking.flatten(1)], 1), targets.flatten(1)
 
@@ -144,8 +158,8 @@ class Cycles:
 
     def score(self, tokens, targets, logits):
         """Accuracy and mean cross entropy in nats over the whole vocabulary, for each k."""
-        logits = logits.unflatten(1, (self.M, -1))[:, :, -2]                   # (B, M, vocab)
-        a = targets.unflatten(1, (self.M, -1))[..., -2]
+        logits = logits.unflatten(1, (self.M, -1))[:, :, self.said]            # (B, M, vocab)
+        a = targets.unflatten(1, (self.M, -1))[..., self.said]
         k = self.hops(tokens)
         loss = F.cross_entropy(logits.flatten(0, 1), a.flatten(), ignore_index=-1,
                                reduction="none").view_as(a)
@@ -158,13 +172,14 @@ class Cycles:
 
     def show(self, tokens, targets):
         k = self.hops(tokens[None])[0].tolist()
-        told = targets.unflatten(0, (self.M, -1))[:, -2].tolist()
+        told = targets.unflatten(0, (self.M, -1))[:, self.said].tolist()
         ask = tokens[self.context:].unflatten(0, (self.M, -1))
         edges = tokens[self.pad + self.prefix: self.context]
         edges = edges[edges >= self.node].view(-1, 2) - self.node
         text = ["  " + ", ".join(f"{a} -> {b}" for a, b in edges.tolist())]
-        text += [f"  {k[j]} hops after {ask[j, -2 - self.words] - self.node}: {a - self.node}"
-                 for j, a in enumerate(told) if a >= 0]
+        asked = (ask[:, self.said - self.words] - self.node).tolist()
+        text += [f"  {hops} hops after {q}: {a - self.node}"
+                 for hops, q, a in zip(k, asked, told) if a >= 0]
         return "\n".join(text)
 
 

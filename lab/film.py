@@ -1,7 +1,7 @@
 """The film of a sleep: what has a trained model worked out after each of its passes?
 
     python train_ca.py --N 3 --out out/ca
-    python -m lab.film out/ca/N3-seed0.pt          -> out/ca/N3-seed0-film.png and .json
+    python -m lab.film out/ca/N3-seed0.pt          -> out/ca/film-N3-seed0.png and .json
 
 Linear probes read from h, and from S, the cells of every step of the rule: before the sleep over a
 window, and after each pass of it. A control reads shuffled labels. The probes are fitted to tapes of
@@ -117,9 +117,9 @@ def main(argv=None):
     p = parser(__doc__)
     p.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     p.add_argument("--out", type=Path, metavar="NAME",
-                   help="of NAME.png and NAME.json; default: CHECKPOINT-film, beside it")
+                   help="of NAME.png and NAME.json; default: film-CHECKPOINT, beside it")
     args = p.parse_args(argv)
-    out = args.out or args.checkpoint.with_name(args.checkpoint.stem + "-film")
+    out = args.out or args.checkpoint.with_name("film-" + args.checkpoint.stem)
     try:
         if Path(f"{out}.json").exists():
             raise sleep.BadInput(f"{out}.json is there already: choose another --out.")
