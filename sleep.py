@@ -6,10 +6,10 @@ Goldstein, Fanti, arXiv 2605.26099. Sections, equations and lines are those of v
 Attention sees a window of L tokens. SSM blocks carry fast weights S: a matrix that maps keys to
 values and is written token by token. When the window is full the model sleeps: N passes over the
 window through all blocks, h and S carried from pass to pass. Then the window is evicted and only S
-remains. An answer takes one pass, whatever N is. N = 1 is the plain attention-SSM hybrid.
+remains (hard eviction). An answer takes one pass, whatever N is. N = 1 is the plain hybrid.
 
   name       paper      meaning                                          shape
-  tokens     x, c       token ids; a window (chunk) of them              (B, T)
+  tokens     x, c       token ids; a window (the paper's chunk) of them  (B, T)
   h          h          features, one vector per token                   (B, T, d)
   q k v      q k v      query, key, value, H heads of K = V = d / H      (B, H, T, K)
   alpha      alpha_t    how much of S a token keeps, as log_alpha <= 0   (B, H, T)
@@ -53,29 +53,29 @@ def gated_delta_rule(q, k, v, log_alpha, beta, S, delta=True):
 
 
 def gated_delta_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64):
-    """The numbers of `gated_delta_rule` as matrix products over chunks of at most `chunk` tokens.
+    """`gated_delta_rule`, up to rounding, as matrix products over chunks of `chunk` tokens.
 
     Unrolled inside a chunk, token i writes u_i and reads o_i,
         u_i = beta_i (v_i - e^{c_i} S k_i - sum_{j<i} e^{c_i - c_j} (k_i . k_j) u_j)
         o_i = e^{c_i} S q_i + sum_{j<=i} e^{c_i - c_j} (q_i . k_j) u_j
     with c the running sum of log_alpha and S the state before the chunk: the first line is a
-    triangular system (u_i = beta_i v_i without delta). D_ij = e^{c_i - c_j}: every exponent is
-    <= 0, and the mask comes before exp, so nothing overflows.
+    triangular system (u_i = beta_i v_i without delta). D_ij = e^{c_i - c_j}, masked before exp:
+    every exponent that the mask leaves is <= 0, so nothing overflows.
     """
     check_shapes(q, k, v, log_alpha, beta, S)
     outputs = []
     for q, k, v, log_alpha, beta in zip(*(x.split(chunk, 2) for x in (q, k, v, log_alpha, beta))):
-        c = log_alpha.clamp(min=-100).cumsum(-1)           # (B, H, C); e^-100 is 0, -inf + inf not
-        future = torch.ones(2 * c.shape[-1:], dtype=torch.bool, device=c.device).triu(1)
-        D = (c[..., :, None] - c[..., None, :]).masked_fill(future, -torch.inf).exp()
-        left, beta = c.exp()[..., None], beta[..., None]   # left of S at each token  (B, H, C, 1)
+        c = log_alpha.clamp(min=-100).cumsum(-1)           # (B, H, C); -inf would give -inf + inf
+        D = c[..., :, None] - c[..., None, :]                                  # (B, H, C, C)
+        D = D.masked_fill(torch.ones_like(D).triu(1) > 0, -torch.inf).exp()    # 0 for the future
+        kept, beta = c.exp()[..., None], beta[..., None]   # share of S kept so far (B, H, C, 1)
         u = beta * v                                                           # (B, H, C, V)
-        if delta:                          # (I + A) u = beta (v - left S k)
+        if delta:          # (I + A) u = beta (v - kept S k); unitriangular adds the I
             A = (beta * (k @ k.mT) * D).tril(-1)                               # (B, H, C, C)
-            u = torch.linalg.solve_triangular(A, u - beta * left * (k @ S.mT), upper=False,
+            u = torch.linalg.solve_triangular(A, u - beta * kept * (k @ S.mT), upper=False,
                                               unitriangular=True)
-        outputs.append(left * (q @ S.mT) + ((q @ k.mT) * D) @ u)
-        S = left[..., -1:, :] * S + u.mT @ ((c[..., -1:] - c).exp()[..., None] * k)
+        outputs.append(kept * (q @ S.mT) + ((q @ k.mT) * D) @ u)
+        S = kept[..., -1:, :] * S + u.mT @ ((c[..., -1:] - c).exp()[..., None] * k)
     return torch.cat(outputs, 2), S
 
 
@@ -94,7 +94,7 @@ def check_shapes(q, k, v, log_alpha, beta, S):
 class Config:
     """A model. ValueError says in one sentence what does not fit."""
     vocab_size: int
-    T: int                         # tokens of one sequence; sets the decay at birth, limits nothing
+    T: int                         # tokens of one sequence, for the half-lives at birth; no limit
     L: int                         # window of attention, in tokens
     N: int = 1                     # passes of a sleep, where a call does not say otherwise
     layout: str = "asas"           # one letter a block: a = attention, s = SSM (fast weights)
@@ -103,7 +103,7 @@ class Config:
     eviction: str = "hard"         # "hard": nothing but S survives; "sliding": also L - 1 tokens
     loop: tuple = ()               # (first, stop) of the looped blocks; (): all (Section 6.3)
     update_rule: str = "gated_delta"   # one of UPDATE_RULES
-    conv: str = "as"               # mixers behind a short convolution: the paper has it in "s" only
+    conv: str = "as"               # blocks with a short convolution in front; the paper: "s" only
 
     def __post_init__(self):
         D, H, sizes = len(self.layout), self.n_head, "vocab_size T L N d_model n_head".split()
@@ -113,7 +113,8 @@ class Config:
                 ("layout", "made of the letters a and s", lambda x: x and set(x) <= set("as")),
                 ("d_model", f"a multiple of 2 * n_head = {2 * H}", lambda x: x % (2 * H) == 0),
                 ("eviction", "hard or sliding", lambda x: x in ("hard", "sliding")),
-                ("loop", f"0 <= first < stop <= {D}", lambda x: 0 <= x[0] < x[-1] <= D),
+                ("loop", f"(first, stop) with 0 <= first < stop <= {D}",
+                 lambda x: len(x) == 2 and 0 <= x[0] < x[1] <= D),
                 ("update_rule", "one of " + ", ".join(UPDATE_RULES), lambda x: x in UPDATE_RULES),
                 ("conv", "'', a, s or as", lambda x: set(x) <= set("as"))):
             if not fits(value := getattr(self, name)):
@@ -130,8 +131,8 @@ class Memory(NamedTuple):
 def latest(x, n):
     """The last n tokens of x (..., T, d), fewer if there are not as many; the rest can be freed."""
     if n == 0:
-        return x.new_zeros(*x.shape[:-2], 0, x.shape[-1])      # a slice would hold on to its past
-    return x[..., max(x.shape[-2] - n, 0):, :].contiguous()
+        return x.new_zeros(*x.shape[:-2], 0, x.shape[-1])      # an empty slice has gradients, too
+    return x[..., max(x.shape[-2] - n, 0):, :].clone()
 
 
 class Embed(nn.Embedding):
@@ -139,11 +140,11 @@ class Embed(nn.Embedding):
 
     def forward(self, tokens):
         fit = tokens.ndim == 2 and tokens.numel() and not tokens.is_floating_point()
-        if fit and tokens.device.type == "cpu":        # on a GPU the look would wait for it
+        if fit and tokens.device.type == "cpu":        # on a GPU it would wait for the device
             fit = 0 <= tokens.min() and tokens.max() < len(self.weight)
         if not fit:
-            raise ValueError(f"tokens must be integers from 0 to {len(self.weight) - 1}, (B, T), not "
-                             f"empty; these are {tokens.dtype}, {tuple(tokens.shape)}.")
+            raise ValueError(f"tokens must be (B, T) integers from 0 to {len(self.weight) - 1}, at "
+                             f"least one; these are {tokens.dtype}, {tuple(tokens.shape)}.")
         return super().forward(tokens.long())
 
 
@@ -178,8 +179,8 @@ class Attention(nn.Module):
         d, self.H, self.L = cfg.d_model, cfg.n_head, cfg.L
         self.q, self.k, self.v, self.o = (nn.Linear(d, d, bias=False) for _ in range(4))
         K = d // self.H
-        # Scores depend on distances only, so positions count from the oldest cached token: at most
-        # L - 1 tokens that sliding eviction kept, and L of the window.
+        # Keys are cached unrotated and rotated in every call: scores depend on distances only, so
+        # positions may count from the oldest cached token, L - 1 that sliding eviction kept + L.
         angle = torch.outer(torch.arange(2. * self.L), 10000 ** (-torch.arange(0, K, 2) / K))
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
@@ -202,7 +203,7 @@ class Attention(nn.Module):
 
 
 class FastWeights(nn.Module):
-    """The SSM mixer: Gated DeltaNet. Gates, keys and values are computed from the token."""
+    """The SSM mixer: Gated DeltaNet (with one convolution, in Block, not one each on q, k, v)."""
 
     def __init__(self, cfg, gated=True, delta=True):
         super().__init__()
@@ -210,10 +211,10 @@ class FastWeights(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(d, d, bias=False) for _ in range(4))
         self.z = nn.Linear(d, d, bias=False)                                   # output gate
         self.ab = nn.Linear(d, 2 * self.H, bias=False)                         # alpha and beta
-        # Mamba's names: e^A_log is a rate of decay, softplus(a + dt_bias) the time a token takes.
-        # Where a = 0, softplus(dt_bias) = log 2 / n halves S in n tokens. paper does not say: these
-        # n. Here log-spaced over the heads from 4 tokens to all N * T token-steps of a sequence
-        # (the same for N = 1..4, to compare them); random ones often forget the first window.
+        # Mamba's names: e^A_log softplus(a + dt_bias) is the rate of decay. Where a = 0 at birth,
+        # softplus(dt_bias) = log 2 / half-life. paper does not say: the half-lives. Here log-spaced
+        # over the heads from 4 tokens to all N * T that a sequence is read for (N at least 4, so
+        # that models of N = 1..4 are born alike).
         longest = max(cfg.N, 4) * cfg.T
         half_life = torch.logspace(math.log10(longest), math.log10(4), self.H)
         self.dt_bias = nn.Parameter(torch.log(torch.expm1(math.log(2) / half_life)))
@@ -224,7 +225,8 @@ class FastWeights(nn.Module):
         """The gated delta rule and its gates -> o (B, H, T, V), the new S."""
         a, b = self.ab(x).transpose(1, 2).chunk(2, 1)                          # (B, H, T)
         beta = b.sigmoid()
-        log_alpha = -self.A_log.exp()[:, None] * F.softplus(a + self.dt_bias[:, None]) * self.gated
+        log_alpha = -self.A_log.exp()[:, None] * F.softplus(a + self.dt_bias[:, None])
+        log_alpha = log_alpha * self.gated             # not gated: alpha = 1
         rule = gated_delta_rule if x.shape[1] == 1 else gated_delta_rule_chunked
         return rule(q, k, v, log_alpha, beta, S, self.delta)
 
@@ -234,7 +236,7 @@ class FastWeights(nn.Module):
                    for w in (self.q, self.k, self.v))                          # (B, H, T, K)
         with torch.autocast(x.device.type, enabled=False):                     # float32 from here
             q, k, v = (y.to(S.dtype) for y in (q, k, v))
-            # Keys of length 1 make I - beta k k^T a contraction; without them training diverges.
+            # For keys of length 1, I - beta k k^T lengthens no vector.
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
             o, S = self.write_and_read(x.to(S.dtype), q, k, v, S)
             o = self.norm(o).transpose(1, 2).flatten(2)                        # (B, T, d)
@@ -319,15 +321,15 @@ class SleepLM(nn.Module):
     def sleep(self, h, memory, N=None):
         """N passes over a window, then eviction (Algorithm 1, lines 6-7). N = 0: evicted unread.
 
-        h (B, T <= L, d): embeddings of the window. Every pass reads the cache with which it began,
-        and hands h and S to the next. Returns the memory after eviction; h is thrown away.
+        h (B, T <= L, d): embeddings of the window. Every pass reads memory.cache, the tokens before
+        the window; h and S go from pass to pass. Returns the memory after eviction, without h.
         """
         self.check(h, memory, asleep=True)
         N, S, cache = self.cfg.N if N is None else N, memory.S, list(memory.cache)
-        for n in range(N):
-            i, j = self.blocks_of(n, N)    # all of them, unless --loop says otherwise
-            h, S, grown = self.one_pass(h, S, memory.cache, i, j)      # h, S <- Blocks(h, S)
-            cache[i:j] = grown[i:j]
+        for n in range(N):                                                     # line 6
+            i, j = self.blocks_of(n, N)    # all blocks, unless cfg.loop names some
+            h, S, grown = self.one_pass(h, S, memory.cache, i, j)              # line 7
+            cache[i:j] = grown[i:j]        # that of a block's last pass stays (sliding eviction)
         return self.evict(Memory(S, cache, 0))
 
     def blocks_of(self, n, N):
@@ -357,36 +359,39 @@ class SleepLM(nn.Module):
             raise ValueError(f"this memory belongs to a batch of {B}, not of {len(h)}.")
         if awake + T > L or awake and asleep:
             raise ValueError(f"{T} tokens do not fit into a window of L = {L} after {awake} that "
-                             "were read awake: evict first (a sleep needs the whole window).")
+                             "were read awake: evict first (a sleep reads a window from its start).")
 
     def forward(self, tokens, targets, N=None, silent=None):
-        """Algorithm 1. A window sleeps if nothing is predicted in it, in no sequence of the batch.
+        """Algorithm 1. A window sleeps if no sequence of the batch has a target in it.
 
-        tokens (B, T); targets (B, M): what the last M positions are to predict, -1 for nothing.
-        N: passes of a sleep, or a list, one number a window. silent: a bool for each of the M
-        positions, is -1 all there is? For a CUDA graph, which cannot look.
+        tokens (B, T); targets (B, M): what the last M positions are to predict, already shifted, -1
+        for nothing. N: passes of a sleep, or a list, one number a window (not used where it is
+        awake). silent: (targets < 0).all(0) as a list, from a caller who knows it.
         Returns logits (B, M, vocab), 0 where a window sleeps, and their mean cross entropy in nats.
         """
         B, T, M, L = len(tokens), tokens.shape[-1], targets.shape[-1], self.cfg.L
         if tokens.shape != (B, T) or targets.shape != (B, M) or not 1 <= M <= T:
-            raise ValueError(f"tokens {tuple(tokens.shape)}, targets {tuple(targets.shape)}: they must "
-                             "be (B, T) and (B, M), with M from 1 to T.")
+            raise ValueError(f"tokens {tuple(tokens.shape)}, targets {tuple(targets.shape)}: they "
+                             "must be (B, T) and (B, M), with M from 1 to T.")
         if all(silent := silent or (targets < 0).all(0).tolist()):
             raise ValueError("all targets are -1: nothing is predicted, so there is no loss.")
-        silent, chunks, logits = [True] * (T - M) + silent, tokens.split(L, 1), []     # line 2
-        N = N if isinstance(N, (list, tuple)) else [N] * len(chunks)
+        silent, logits = [True] * (T - M) + silent, []         # T of them: where the mask is 0
         memory = self.empty_memory(B)                                          # line 1: S <- 0
-        for c, (chunk, passes) in enumerate(zip(chunks, N, strict=True)):      # line 3
-            h = self.embed(chunk)                                              # line 4
-            if all(silent[c * L:(c + 1) * L]):                                 # line 5
+        windows = tokens.split(L, 1)                                           # line 2
+        N = N if isinstance(N, (list, tuple)) else [N] * len(windows)
+        for i, (window, passes) in enumerate(zip(windows, N, strict=True)):    # line 3
+            h = self.embed(window)                                             # line 4
+            if all(silent[i * L:(i + 1) * L]):                                 # line 5
                 memory = self.sleep(h, memory, passes)                         # lines 6-7
-                out = h.new_zeros(()).expand(*chunk.shape, self.cfg.vocab_size)
-            else:
-                out, memory = self.wake(h, memory)                             # lines 9-10
-                memory = self.evict(memory)
+                out = h.new_zeros(()).expand(*window.shape, self.cfg.vocab_size)
+            else:                                                              # line 9
+                out, memory = self.wake(h, memory)                             # line 10
+                memory = self.evict(memory)            # an awake window is evicted, too
             logits.append(out)
-        logits = torch.cat(logits[(T - M) // L:], 1)[:, -M:]                   # line 11
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        # Without the windows before the first target, then without the positions before it.
+        logits = torch.cat(logits[(T - M) // L:], 1)[:, -M:]
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss                                                    # line 11
 
     @torch.no_grad()
     def stream(self, tokens, state=None):
@@ -394,18 +399,18 @@ class SleepLM(nn.Module):
 
         The numbers are those of `forward` if only its last window predicts: here all windows sleep.
         Returns logits (B, T, vocab) and the state for the next call: the memory now, the memory
-        when the window began, and the window's embeddings.
+        before this window, and the window's embeddings.
         """
         embedded, empty, logits = self.embed(tokens), self.empty_memory(len(tokens)), []
-        now, began, window = state or (empty, empty, embedded[:, :0])
+        now, before, window = state or (empty, empty, embedded[:, :0])
         for h in embedded.split(1, 1):
             out, now = self.wake(h, now)
             logits.append(out)
             window = torch.cat([window, h], 1)                                 # (B, n, d)
-            if window.shape[1] == self.cfg.L:      # the one pass of N = 1 is what the tokens made
-                now = self.evict(now) if self.cfg.N == 1 else self.sleep(window, began)
-                began, window = now, window[:, :0]
-        return torch.cat(logits, 1), (now, began, window)
+            if window.shape[1] == self.cfg.L:      # pass 1 again, from where the window began
+                now = before = self.sleep(window, before)
+                window = window[:, :0]
+        return torch.cat(logits, 1), (now, before, window)
 
     def generate(self, tokens, n):
         """Not in the paper: the n likeliest next tokens (B, n) after (B, T), one by one."""
@@ -444,7 +449,7 @@ from tqdm import tqdm
 # and, if it likes,
 #   show(tokens, targets)       -> one example as text
 #   model(cfg)                  the model, if it is not to be SleepLM: a subclass of it
-#   draw_N(step)                passes of a sleep in a training step, if they are not always --N
+#   draw_N(step, N)             passes of a sleep in a training step, if they are not always N
 
 
 class BadInput(ValueError):
@@ -460,13 +465,13 @@ def train(task, cfg, settings, path):
     steps, every, device = settings["steps"], settings["eval_every"], settings["device"]
     model, optimizers, run = begin(task, cfg, settings, path)
     gradients = make_gradients(model, settings["compile"], settings["recompute"])
-    draw_N = getattr(task, "draw_N", lambda step: cfg.N)
+    draw_N = getattr(task, "draw_N", lambda step, N: N)
     start, first = time.monotonic() - run["seconds"], run["steps"]
     loss = grad_norm = torch.zeros((), device=device)  # sum and largest since the last evaluation
     for step in tqdm(range(first, steps), path.stem, steps, False, initial=first, disable=None):
         set_phase(model, optimizers, settings, step)
         tokens, targets, *_ = task.make_batch(step)
-        loss = loss + gradients(tokens, targets, draw_N(step))
+        loss = loss + gradients(tokens, targets, draw_N(step, cfg.N))
         grad_norm = grad_norm.maximum(nn.utils.get_total_norm(
             [p.grad for p in model.parameters() if p.grad is not None]))
         for optimizer in optimizers:
@@ -474,7 +479,6 @@ def train(task, cfg, settings, path):
         run["tokens"] += tokens.numel()
         if (step + 1) % every and step + 1 < steps:
             continue
-
         mean = loss.item() / (step + 1 - run["steps"])
         if not (math.isfinite(mean) and all(p.isfinite().all() for p in model.parameters())):
             sys.exit(f"{path.stem}: the loss or a weight is not finite after step {step + 1}; step "
@@ -499,8 +503,8 @@ def begin(task, cfg, settings, path):
     model.bf16 = device == "cuda"
     optimizers = make_optimizers(model, settings["lr_muon"], settings["lr_adamw"])
     if not path.exists():
-        machine = (torch.cuda.get_device_name() if device == "cuda" else
-                   f"{device}, {torch.get_num_threads()} threads")
+        cpu = f"{device}, {torch.get_num_threads()} threads"
+        machine = torch.cuda.get_device_name() if device == "cuda" else cpu
         return model, optimizers, dict(
             task=task.name, N=cfg.N, seed=settings["seed"], steps=0, tokens=0, seconds=0.0,
             parameters=sum(p.numel() for p in model.parameters()), chance=task.chance, curve=[],
@@ -520,8 +524,7 @@ def begin(task, cfg, settings, path):
 
 
 def set_phase(model, optimizers, settings, step):
-    """The learning rates of a step. In Section 6.4's warm-up the SSM blocks learn alone, under hard
-    eviction, since they stay unused where attention learns to do without them."""
+    """The rates of a step. In Section 6.4's warm-up SSM blocks learn alone, under hard eviction."""
     left, warming = settings["steps"] - step, step < settings["warmup"]
     for optimizer, rate in zip(optimizers, (settings["lr_muon"], settings["lr_adamw"])):
         falling = min(1.0, left / max(1.0, settings["cooldown"] * settings["steps"]))
@@ -739,10 +742,7 @@ def plan(args, Task):
 
 
 def main(doc, presets, flags, Task, argv=None):
-    """Train a model for each seed and N on the same data; compare them; keep all of it in a folder.
-
-    Exit status: 2 after bad input, 1 if the program ended early, else 0.
-    """
+    """Train a model for each N and seed. Exit status: 2 bad input, 1 ended early, else 0."""
     p, args = parse(doc, presets, flags, argv)
     out = args.out or Path("out") / time.strftime(f"{Task.name}-{args.preset}-%m%d-%H%M%S")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -753,14 +753,13 @@ def main(doc, presets, flags, Task, argv=None):
         try:
             out.mkdir(parents=True, exist_ok=args.resume)      # of two processes one makes a folder
         except OSError as e:
-            raise BadInput(f"{out} cannot be made ({e.strerror}): add --resume to go on with the "
-                           "runs in it, or choose another --out.") from None
+            raise BadInput(f"{out} cannot be made ({e.strerror}): add --resume to go on with what "
+                           "is in it, or choose another --out.") from None
         run_all(p.prog, args, plans, out)
     except BadInput as e:
         p.error(e)
     except KeyboardInterrupt:
-        sys.exit("stopped. To go on from the last evaluation: the same command with --resume "
-                 f"--out {out}")
+        sys.exit(f"stopped. To go on: the same command with --resume --out {out}")
 
 
 def run_all(name, args, plans, out):
@@ -769,7 +768,7 @@ def run_all(name, args, plans, out):
     print(textwrap.fill(f"{name}: {settings}", 99))
     write(out / "command.txt", lambda p: p.write_text(" ".join(sys.argv) + "\n"))
     paths, runs = [out / f"N{s['N']}-seed{s['seed']}.pt" for *_, s in plans], []
-    for path in out.glob("N*-seed*.json"):
+    for path in (path.with_suffix(".json") for path in out.glob("N*-seed*.pt")):
         refuse_other_settings(path, load_run(path), *plans[0][::2], but=("N", "seed"))
     for path, (task, cfg, settings) in zip(paths, plans):      # refuse before anything is trained
         if path.with_suffix(".json").exists() and not path.exists():

@@ -30,6 +30,7 @@ import sleep
 import train_ca
 import train_gsm
 import train_khop
+from lab import benchmark, experiments, film, plot
 from sleep import Config, SleepLM
 
 HERE = Path(__file__).parent
@@ -473,7 +474,7 @@ def test_the_answer_takes_one_pass_whatever_N():
         assert passes == [5] * 2 * N + [2]             # two windows sleep, two tokens answer
         passes.clear()
         _, state = model.stream(tokens[:, :10])
-        assert passes == ([1] * 5 + [5] * N * (N > 1)) * 2
+        assert passes == ([1] * 5 + [5] * N) * 2
         passes.clear()
         model.stream(tokens[:, 10:], state)
         assert passes == [1] * 2
@@ -647,8 +648,8 @@ def test_the_library_refuses_bad_input_in_one_sentence():
     refused("targets (3,)", model, tokens, targets_for(tokens, 1)[:, 0])
     refused("targets (2, 1)", model, tokens, targets_for(tokens[:2], 1))
     refused("must be (B, T)", model, tokens[0], targets_for(tokens, 1))
-    refused("must be integers", model.stream, tokens.double())
-    refused("must be integers", model.stream, tokens[0])
+    refused("must be (B, T) integers", model.stream, tokens.double())
+    refused("must be (B, T) integers", model.stream, tokens[0])
     refused("M from 1 to T", model, tokens[:, :0], targets_for(tokens, 1))
     for n in (0, 1.5, "2"):
         refused("n must be an integer >= 1", model.generate, tokens, n)
@@ -1435,7 +1436,7 @@ def test_a_task_may_choose_N_for_every_step_and_bring_its_own_model():
             self.extra = torch.nn.Parameter(torch.zeros(1000))
 
     class Task(train_ca.Tapes):
-        model, draw_N, show = Wider, lambda self, step: 1 + step % 3, None
+        model, draw_N, show = Wider, lambda self, step, N: 1 + step % N, None
     del Task.show
 
     forward, seen = SleepLM.forward, []
@@ -1693,6 +1694,149 @@ def test_every_preset_makes_models_and_the_paper_presets_have_the_convolution_of
         for preset in module.PRESETS:
             args = settings(module, "", preset)
             assert len(sleep.plan(args, Task)) == len(args.N)
+
+
+# ------------------------------------------------------------------------------------------------
+# The lab
+
+def lab(module, command):
+    """Run a module of lab/ in this process -> exit status, what it printed, what it complained."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            module.main(shlex.split(command))
+        except SystemExit as e:
+            status = e.code or 0
+    return status, out.getvalue(), err.getvalue()
+
+
+def changed(carry="hS", think=1, detach=0, **kw):
+    return tiny(lambda cfg: experiments.Changed(cfg, carry, think, detach), **kw)
+
+
+def test_an_experiment_that_changes_nothing_is_algorithm_1():
+    tokens = random_tokens(T=13)
+    targets = targets_for(tokens, 3)
+    logits, grads = gradients(tiny(N=3), tokens, targets)
+    for change in (dict(), dict(carry="h"), dict(carry="S"), dict(think=2), dict(detach=1)):
+        other, other_grads = gradients(changed(N=3, **change), tokens, targets)
+        if "carry" in change or "think" in change:
+            assert (other - logits).abs().max() > 1e-3, change
+            continue
+        close(other, logits, 1e-12)                    # --detach: the same numbers, other gradients
+        name = "blocks.0.mixer.q.weight"
+        error = (other_grads[name] - grads[name]).norm() / grads[name].norm()
+        assert error > 1e-3 if change else error < 1e-10, change
+
+
+def test_carrying_S_without_h_is_a_replay_of_fixed_keys_and_values():
+    model, tokens = changed(carry="S", layout="as", N=3), random_tokens(T=5)
+    calls, rule = [], sleep.gated_delta_rule_chunked
+    with patched(sleep, "gated_delta_rule_chunked", lambda *args: calls.append(args) or rule(*args)):
+        slept = model.sleep(model.embed(tokens), model.empty_memory(3))
+    S = torch.zeros_like(calls[0][5])
+    for _ in range(3):
+        _, S = sleep.gated_delta_rule(*calls[0][:5], S)        # the first pass's k and v, three times
+    close(slept.S[1], S, 1e-10)
+
+
+def test_thinking_longer_in_the_answer_window_does_not_see_the_labels():
+    model, tokens = changed(think=3, N=1), random_tokens(T=14)
+    before = model(tokens, targets_for(tokens, 4))[0]
+    tokens[:, 12] = (tokens[:, 12] + 1) % 7
+    after = model(tokens, targets_for(tokens, 4))[0]
+    assert torch.equal(before[:, :2], after[:, :2]) and (before[:, 2] - after[:, 2]).abs().max() > 1e-6
+
+
+def test_every_condition_of_every_experiment_makes_a_model():
+    for row in experiments.EXPERIMENTS.values():
+        doc, presets, flags, Task = experiments.load_task(row.task)
+        for condition in row.conditions:
+            argv = shlex.split(f"--preset cpu --device cpu {condition}")
+            assert sleep.plan(sleep.parse(doc, presets, flags, argv)[1], Task), condition
+
+
+def test_a_pass_costs_the_same_flop_every_time_and_an_answer_does_not_pay_for_it():
+    run = lambda N, **kw: dict(task="ca", seed=0, settings=vars(settings(train_ca, SMALL)) | dict(
+        N=N, seed=0) | kw)
+    a, b, c, e = (experiments.flop(run(N)) for N in (1, 2, 3, 4))
+    assert e - c == c - b and b > 1.7 * a              # two windows sleep, a short one answers
+    assert 0.99 < (b - a) / (c - b) <= 1               # (the first S is 0 and needs no gradient)
+    d, B, cells = 16, 8, 16
+    matrices = 2 * (4 + 8 + 8) * d * d + 2 * (d * d + 2 * 2 * d)   # q k v o up down; z and alpha, beta
+    assert c - b > 3 * B * cells * matrices * 0.99     # forward, and twice that backward
+    drawn = experiments.flop(run(3, any_N=True))
+    assert a < drawn < c                               # what was really passed
+
+
+def test_the_probe_of_the_film_reads_what_is_linear_and_no_more():
+    g = torch.Generator().manual_seed(0)
+    bits = torch.randint(2, (3000, 100), generator=g).double()
+    x, wide = 2 * bits - 1, torch.randn(100, 150, generator=g, dtype=torch.float64)
+    labels = torch.stack([x[:, 3], (x[:, 0] + x[:, 1] + x[:, 2]).sign(), x[:, 0] * x[:, 1]], 1)
+    read = film.probe(x[:2000] @ wide, labels[:2000], x[2000:] @ wide, labels[2000:])
+    assert read[0] > 0.99 and read[1] > 0.9 and read[2] < 0.15         # a cell, a majority; not XOR
+    control = film.probe(x[:2000] @ wide, labels[torch.randperm(2000, generator=g)],
+                         x[2000:] @ wide, labels[2000:])
+    assert control.max() < 0.15
+
+
+def test_the_lab_draws_what_it_promises_and_refuses_the_rest_in_a_sentence():
+    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
+        assert script(train_ca, f"{SMALL} --N 1 2 --out run")[0] == 0
+        assert script(train_ca, f"{SMALL} --L 4 --N 2 --out other")[0] == 0
+        status, text, err = lab(film, "run/N2-seed0.pt")
+        assert status == 0 and "h before" in text, err
+        frames = json.loads(Path("run/film-N2-seed0.json").read_text())
+        assert list(frames) == [f"{what}{when}" for what in "hS" for when in (
+            " before", " after pass 1", " after pass 2", ", shuffled labels")]
+        assert min(frames["h before"]["steps"][0]) > 0.95 and frames["S before"]["norm"] == 0
+        assert len(frames["S after pass 2"]["steps"]) == 3
+        assert lab(plot, "run")[0] == 0
+        status, text, err = lab(experiments, f"gradient {SMALL}")
+        assert status == 0 and "TFLOP" in text, err
+        (file,) = Path("out/experiments").glob("gradient*.json")
+        runs = json.loads(file.read_text())["runs"]
+        assert [run["flags"] for run in runs] == [*experiments.EXPERIMENTS["gradient"].conditions]
+        with patched(sleep, "evaluate", None):         # nothing that is finished is run again
+            assert lab(experiments, f"gradient {SMALL}")[0] == 0
+        for image in ("run/film-N2-seed0.png", "run/plot.png", file.with_suffix(".png")):
+            assert Path(image).read_bytes()[:4] == b"\x89PNG"
+        for module, words, command in (
+                (film, "no checkpoint of train_ca.py", "run/N1-seed0.json"),
+                (film, "models with L = W", "other/N2-seed0.pt"),
+                (film, "is there already", "run/N2-seed0.pt"),
+                (plot, "nothing", "nothing"),
+                (experiments, "takes no --N", "iterated --N 2"),
+                (experiments, "takes no --hold_out", "conv --hold_out matter"),
+                (experiments, "fewer passes", "seeds --detach 1"),
+                (experiments, "hard eviction", "seeds --carry h --eviction sliding"),
+                (experiments, "there is no experiment 'all'", "all")):
+            status, _, err = lab(module, command)
+            assert status == 2 and words in err, (command, status, err)
+    for file in (HERE / "lab").glob("*.json"):         # every committed result can still be read
+        if not file.name.startswith(("film", "benchmark")):
+            assert plot.load_runs(file), file
+
+
+def test_the_benchmark_measures_all_its_parts():
+    with folder() as out:
+        status, text, err = lab(benchmark, f"--quick --device cpu --out {out}")
+        assert status == 0, err
+        results = json.loads((out / "results.json").read_text())
+        assert (out / "plot.png").read_bytes()[:4] == b"\x89PNG"
+        assert lab(benchmark, f"--quick --device cpu --out {out}")[0] == 2     # never written over
+    assert {row["rule"] for row in results["bench_rule"]} >= {"recurrent", "chunked",
+                                                              "chunked, block merge"}
+    assert all(row["error"] < 1e-5 and row["both"][0] > 0 for row in results["bench_rule"])
+    assert [row["N"] for row in results["bench_N"]] == [1, 2] == [r["N"] for r in results["bench_wake"]]
+    assert all(0 < row["share"] < 1.5 for row in results["bench_N"])
+    assert {row["L"] for row in results["bench_L"]} == {64, 256}
+    row = results["bench_wake"][0]                     # float32: S is 2 x 32 x 32, K and V 64 each
+    assert row["bytes_S"] == 4 * 2 * 32 * 32 and row["bytes_cache"] == 4 * 64 * 2 * 64
+    assert row["bytes_full_attention"] == 4 * 1024 * 2 * 64
+    status, _, err = lab(benchmark, "--device tpu")
+    assert status == 2 and "tpu" in err and err.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------

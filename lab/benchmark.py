@@ -29,7 +29,8 @@ from lab.plot import figure, parser, save_figure
 
 def timed(f, device, seconds):
     """Milliseconds of f(): median and interquartile range, warm and synchronised."""
-    call = (lambda: (f(), torch.mps.synchronize())) if device == "mps" else f  # Timer waits for CUDA
+    # The timer itself waits for CUDA.
+    call = (lambda: (f(), torch.mps.synchronize())) if device == "mps" else f
     timer = Timer("f()", globals=dict(f=call), num_threads=torch.get_num_threads())
     once = timer.timeit(2).median
     m = timer.blocked_autorange(min_run_time=max(seconds, 5 * once))
@@ -42,7 +43,7 @@ def solve_flop(A_shape, B_shape, *_, **__):
 
 
 def count_flop(model, tokens, targets, N=None):
-    """FLOP of a loss and its gradients: matrix products and triangular systems, forward, backward."""
+    """FLOP of a loss and its gradients: matrix products and triangular systems, both ways."""
     systems = {torch.ops.aten.linalg_solve_triangular: solve_flop}
     with (FlopCounterMode(display=False, custom_mapping=systems) as count,
           sdpa_kernel(SDPBackend.MATH)):   # it does not see inside the CPU's fused attention
@@ -320,7 +321,8 @@ def main(argv=None):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     p.add_argument("--quick", action="store_true", help="fewer cases, shorter: does it run?")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA only")
-    p.add_argument("--out", type=Path, help="a new folder; default: out/benchmark-DEVICE-MMDD-HHMMSS")
+    p.add_argument("--out", type=Path,
+                   help="a new folder; default: benchmark-DEVICE-MMDD-HHMMSS in out/")
     args = p.parse_args(argv)
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     device = next(d for d in there if there[d]) if args.device == "auto" else args.device
@@ -338,7 +340,7 @@ def main(argv=None):
         out.mkdir(parents=True)
     except OSError as e:
         p.error(f"{out} cannot be made ({e.strerror}): choose another --out.")
-    torch._dynamo.config.recompile_limit = 64              # one graph for each shape and kind of call
+    torch._dynamo.config.recompile_limit = 64          # one graph for each shape and kind of call
     if device == "cuda":
         torch.set_float32_matmul_precision("high")                             # TF32
     name = (torch.cuda.get_device_name() if device == "cuda" else

@@ -9,9 +9,9 @@
     --detach n           gradients pass through the last n passes of a sleep only, and skip the rest
     --any_N              draw N anew for every training step, from 1 to --N
 
-Runs are kept in out/experiments/ and shared: what is finished is not run again, whichever experiment
-it was for. An experiment's file NAME.json holds its runs, and their cost in TFLOP; NAME.png shows
-them. The preset is cpu, if no flag says otherwise.
+Runs are kept in out/experiments/ and shared: what one experiment has finished, no other one runs
+again. An experiment's file NAME-FLAGS.json holds its runs, and their cost in TFLOP; NAME-FLAGS.png
+shows them. The preset is cpu, if no flag says otherwise.
 """
 import importlib
 import json
@@ -31,7 +31,8 @@ from lab.benchmark import count_flop
 from lab.plot import METRICS, case_words, figure, legend, panels, pick, save_figure, title
 
 FOLDER = Path("out/experiments")
-MODULES = dict(ca=("train_ca", "Tapes"), khop=("train_khop", "Cycles"), gsm=("train_gsm", "Problems"))
+MODULES = dict(ca=("train_ca", "Tapes"), khop=("train_khop", "Cycles"),
+               gsm=("train_gsm", "Problems"))
 OWN = dict(carry="hS", think=1, detach=0, any_N=False)         # the flags of this file
 HELP = dict(carry="what a pass of a sleep hands to the next: hS, h or S",
             think="passes over an answer window",
@@ -71,7 +72,7 @@ EXPERIMENTS = {
     "hold_out": Row("ca", "New questions in the test, or only new tapes?", times(
         {"": "new questions", "--hold_out reach": "new tapes"}, ONE_OR_THREE)),
     "compute": Row("ca", "Is it just compute?", {
-        "--N 1": "1 pass", "--N 3": "3 passes", "--N 1 --layout asasas": "1 pass, three times as deep",
+        **ONE_OR_THREE, "--N 1 --layout asasas": "1 pass, three times as deep",
         "--N 1 --d_model 112": "1 pass, wider", "--N 1 --think 3": "1 pass, 3 over the answers"}),
     "other_N": Row("ca", "What if N is another one at the test?", {
         **{f"--N {N}": f"trained with N = {N}" for N in (1, 2, 3, 4)},
@@ -120,12 +121,12 @@ class Changed(sleep.SleepLM):
     def wake(self, h, memory):
         self.check(h, memory)
         awake = memory.awake + h.shape[1]
-        for _ in range(self.think):        # each from the S before the window: later ones saw labels
+        for _ in range(self.think):        # from the S before the window: a later S saw labels
             h, S, cache = self.one_pass(h, memory.S, memory.cache, 0, len(self.blocks))
         return self.head(self.norm(h)), sleep.Memory(S, cache, awake)
 
     def stream(self, tokens, state=None):
-        raise ValueError("a changed model does not stream: its sleep begins with all of the window.")
+        raise ValueError("a changed model does not stream: its sleep begins with a whole window.")
 
 
 def changed(Task):
@@ -136,8 +137,8 @@ def changed(Task):
             change = {flag: getattr(args, flag) for flag in ("carry", "think", "detach")}
             said = " ".join(f"--{flag} {value}" for flag, value in change.items())
             if args.carry not in ("hS", "h", "S") or args.think < 1 or args.detach < 0:
-                raise sleep.BadInput(f"{said}: carry is hS, h or S, and the numbers are not negative "
-                                     "(think at least 1).")
+                raise sleep.BadInput(f"{said}: --carry is hS, h or S, --think at least 1, and "
+                                     "--detach not negative.")
             if args.detach and args.detach >= min(args.N):
                 raise sleep.BadInput(f"--detach {args.detach} must be fewer passes than --N "
                                      f"{min(args.N)}: it would change nothing.")
@@ -146,9 +147,7 @@ def changed(Task):
                     raise sleep.BadInput(f"{said}: these take hard eviction and all blocks looped.")
                 self.model = partial(Changed, **change)
             if args.any_N:
-                if len(args.N) > 1:
-                    raise sleep.BadInput("--any_N takes one --N: the largest that is drawn.")
-                self.draw_N = lambda step: random.Random(seed * 10 ** 9 + step).randint(1, args.N[0])
+                self.draw_N = lambda step, N: random.Random(seed * 10 ** 9 + step).randint(1, N)
     return ChangedTask
 
 
@@ -172,7 +171,7 @@ def flop(run):
         task = Task(Namespace(**s | few), s["seed"])
         cfg = sleep.Config(task.vocab_size, task.T, **{k: s[k] for k in sleep.MODEL_FLAGS})
         model, draw_N = getattr(task, "model", sleep.SleepLM)(cfg), getattr(task, "draw_N", None)
-        batches = [(task.make_batch(step), draw_N(step) if draw_N else cfg.N) for step in range(10)]
+        batches = [(task.make_batch(step), draw_N(step, cfg.N) if draw_N else cfg.N) for step in range(10)]
     costs = {}                             # steps of the same shape cost the same
     for (tokens, targets, *_), N in batches:
         shape = tokens.shape, N
@@ -233,8 +232,8 @@ def experiment(name, argv):
     print(f"\n{row.question}")
     metric = next(iter(runs[0]["chance"]))
     for label, group in by_label(runs).items():
-        means = [f"{case_words(row.task, case)} {sum(v) / len(v):.3f} ({min(v):.3f} to {max(v):.3f})"
-                 for case in cases(runs[0], metric)
+        means = [f"{case_words(row.task, case)} {sum(v) / len(v):.3f} "
+                 f"({min(v):.3f} to {max(v):.3f})" for case in cases(runs[0], metric)
                  for v in [[pick(run, metric, case) for run in group]]]
         print(f"  {label:50} {group[0]['tflop']:8.3g} TFLOP  {metric} {'; '.join(means).strip()}")
     print(f"saved: {json_file}, {png}")

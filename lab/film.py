@@ -4,8 +4,8 @@
     python -m lab.film out/ca/N3-seed0.pt          -> out/ca/film-N3-seed0.png and .json
 
 Linear probes read from h, and from S, the cells of every step of the rule: before the sleep over a
-window, and after each pass of it. A control reads shuffled labels. The probes are fitted to tapes of
-their own and tested on tapes that the model was not trained on.
+window, and after each pass of it. A control reads shuffled labels. The probes are fitted to tapes
+of their own and tested on tapes that the model was not trained on.
 """
 import json
 from argparse import Namespace
@@ -53,7 +53,8 @@ def load(path):
         task = Tapes(Namespace(**s), s["seed"] + 1)            # the probe has data of its own
         cfg = sleep.Config(task.vocab_size, task.T, **{k: s[k] for k in sleep.MODEL_FLAGS})
     except Exception as e:                 # torch.load raises many kinds
-        raise sleep.BadInput(f"{path} is no checkpoint of train_ca.py ({type(e).__name__}).") from None
+        raise sleep.BadInput(f"{path} is no checkpoint of train_ca.py "
+                             f"({type(e).__name__}).") from None
     changed = [s.get("carry", "hS"), s.get("think", 1), s.get("detach", 0)] != ["hS", 1, 0]
     SSMs, head = cfg.layout.count("s"), cfg.d_model // cfg.n_head
     features = max(cfg.L * cfg.d_model, SSMs * cfg.d_model * head)
@@ -105,8 +106,8 @@ def film(path, out):
     for ax in axes[1]:
         ax.set_xlabel("cell")
     fig.colorbar(image, ax=axes, label="0: constant guess; 1: all read")
-    fig.suptitle(f"What a sleep of {N} passes works out: cells of a tape after 0 to {t} steps of rule "
-                 f"{task.rule}\n{len(y)} tapes to fit the probes, {len(y_test)} to test them",
+    fig.suptitle(f"What a sleep of {N} passes works out: cells of a tape after 0 to {t} steps of "
+                 f"rule {task.rule}\n{len(y)} tapes to fit the probes, {len(y_test)} to test them",
                  fontsize=10)
     sleep.write(Path(f"{out}.json"), lambda p: p.write_text(json.dumps(scores)))
     save_figure(fig, f"{out}.png")

@@ -109,7 +109,7 @@ def title(runs):
 
 
 def kinds(runs):
-    """{label: runs that differ in nothing but the seed}; the label says in what the kinds differ."""
+    """{label: runs that differ in nothing but the seed}; the label says in what they differ."""
     same = {"seed", "device", "compile", "recompute", "N_test"}
     keys = sorted({k for run in runs for k in run["settings"]} - same, key=lambda k: (k != "N", k))
     differ = [k for k in keys if len({str(run["settings"].get(k)) for run in runs}) > 1] or ["N"]
@@ -147,7 +147,7 @@ def legend(fig, ax, words):
 
 
 def plot_runs(runs, path):
-    """One panel a metric and case, one colour a kind, one line a seed, the constant guess dashed."""
+    """One panel a metric and case, one colour a kind, one line a seed; the guess is dashed."""
     rows = panels(runs[0]["chance"])
     height, width = len(rows), max(len(row) for row in rows)
     fig, axes = figure(height, width, (max(3.0 * width + 1, 5), 2.8 * height + 1.1), sharex=True)
@@ -188,7 +188,7 @@ def main(argv=None):
     out = args.out or (path / "plot.png" if path.is_dir() else path.with_suffix(".png"))
     try:
         if out.suffix != ".png" or args.merge and args.merge.suffix != ".json":
-            raise sleep.BadInput("the name of a picture must end in .png, that of --merge in .json.")
+            raise sleep.BadInput("a picture's name must end in .png, that of --merge in .json.")
         if len(args.paths) > 1 and not (args.out or args.merge):
             raise sleep.BadInput("for more than one folder or file, name the picture: add --out.")
         runs = merge(args.paths, args.merge) if args.merge else load_all(args.paths)
