@@ -14,6 +14,8 @@ t = W / 2 more of their cells matter, too).
 paper does not say: where the tape ends; here it is a ring. Between borders of zeros the first cell
 would be constant from t = 12 on.
 """
+from functools import cache
+
 import torch
 
 import sleep
@@ -46,6 +48,20 @@ def evolve(cells, rule, t):
     return cells
 
 
+@cache
+def deciding(rule, t, W):
+    """Mask of the cells that matter: switched alone, one changes a label of 2^14 random tapes.
+
+    None if they are fewer than 7, too few to hold patterns of them out.
+    """
+    tapes = torch.randint(2, (2 ** 14, W), generator=torch.Generator().manual_seed(0))
+    label = lambda tapes: evolve(tapes, rule, t)[:, 0]
+    parts = [(part, label(part)) for part in tapes.split(256)]
+    bits = [1 << i for i, switch in enumerate(torch.eye(W, dtype=torch.long))
+            if any((label(part ^ switch) != before).any() for part, before in parts)]
+    return sum(bits) if len(bits) >= 7 else None
+
+
 class Tapes:
     """The task, as sleep.main wants it. Tokens: 0, 1 the cells, 2 the separator."""
     name, vocab_size = "ca", 3
@@ -63,23 +79,11 @@ class Tapes:
             raise sleep.BadInput(f"--L {args.L} must divide the {self.n_tapes} * {self.W} cells, so "
                                  "that all of them are evicted before the first label.")
         self.T = (self.W + 1) * self.n_tapes
-        self.bits = self.deciding() if args.hold_out == "matter" else None
+        self.bits = deciding(self.rule, self.t, self.W) if args.hold_out == "matter" else None
         self.test = self.make_batch(-1)
         labels = self.test[1]
         self.chance = dict(exact=max((labels == c).all(1).float().mean().item() for c in (0, 1)),
                            bit=max((labels == c).float().mean().item() for c in (0, 1)))
-
-    def deciding(self):
-        """Mask of the cells that matter: switched alone, one changes a label of 2^14 random tapes.
-
-        None if they are fewer than 7, too few to hold patterns of them out.
-        """
-        tapes = torch.randint(2, (2 ** 14, self.W), generator=torch.Generator().manual_seed(0))
-        label = lambda tapes: evolve(tapes, self.rule, self.t)[:, 0]
-        parts = [(part, label(part)) for part in tapes.split(256)]
-        bits = [1 << i for i, switch in enumerate(torch.eye(self.W, dtype=torch.long))
-                if any((label(part ^ switch) != before).any() for part, before in parts)]
-        return sum(bits) if len(bits) >= 7 else None
 
     def held_out(self, tape):
         """Is it for the test? One in eight of the patterns of some cells is, with all of its tapes.

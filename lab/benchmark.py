@@ -353,7 +353,7 @@ def main(argv=None):
                          ("Figure 6: tokens per second", bench_L),
                          ("waking and sleeping", bench_wake)):
         print(words)
-        results[bench.__name__] = bench(device, args.quick, compile, 0.2 if args.quick else 1.0)
+        results[bench.__name__] = bench(device, args.quick, compile, 0.05 if args.quick else 1.0)
         sleep.write(out / "results.json", lambda p: p.write_text(json.dumps(results, indent=1)))
     plot(results, out / "plot.png")
     print(f"saved: {out / 'results.json'}, {out / 'plot.png'}")

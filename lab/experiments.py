@@ -86,7 +86,7 @@ EXPERIMENTS = {
         "--hold_out reach --conv ''": "none", "--hold_out reach --conv a": "before attention",
         "--hold_out reach --conv s": "before the SSM (paper)", "--hold_out reach": "before both"},
         {"--N 1": "1 pass", "--N 1 --steps 1500": "1 pass, 1500 steps", "--N 3": "3 passes"})),
-    "seeds": Row("ca", "Is it stable? Take --seed 0 1 2 3 4.", ONE_OR_THREE),
+    "seeds": Row("ca", "Is it stable? (with --seed 0 1 2 3 4)", ONE_OR_THREE),
     "gradient": Row("ca", "Does the gradient have to reach all passes?", {
         "--N 3": "3 passes", "--N 3 --detach 2": "3 passes, gradient through the last 2",
         "--N 1": "1 pass"}),
