@@ -61,6 +61,9 @@ def times(kinds, costs):
 
 
 EXPERIMENTS = {
+    "depth": Row("khop", "Do more passes answer deeper questions?", {
+        "--N 1": "1 pass", "--N 1 --steps 4800": "1 pass, three times the steps",
+        "--N 3": "3 passes"}),
     "iterated": Row("ca", "What is iterated: h, S, or both?", ITERATED),
     "khop_iterated": Row("khop", "What is iterated on another task: h, S, or both?", ITERATED),
     "difficulty": Row("ca", "Is it the depth of a question, or its difficulty?", times({
