@@ -65,12 +65,12 @@ def gated_delta_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64):
     check_shapes(q, k, v, log_alpha, beta, S)
     outputs = []
     for q, k, v, log_alpha, beta in zip(*(x.split(chunk, 2) for x in (q, k, v, log_alpha, beta))):
-        c = log_alpha.clamp(min=-100).cumsum(-1)           # (B, H, C); -inf would give -inf + inf
+        c = log_alpha.clamp(min=-100).cumsum(-1)           # (B, H, C); -inf - (-inf) would be nan
         D = c[..., :, None] - c[..., None, :]                                  # (B, H, C, C)
         D = D.masked_fill(torch.ones_like(D).triu(1) > 0, -torch.inf).exp()    # 0 for the future
         kept, beta = c.exp()[..., None], beta[..., None]   # share of S kept so far (B, H, C, 1)
         u = beta * v                                                           # (B, H, C, V)
-        if delta:          # (I + A) u = beta (v - kept S k); unitriangular adds the I
+        if delta:      # solve (I + A) u = beta (v - kept S k); unitriangular supplies I
             A = (beta * (k @ k.mT) * D).tril(-1)                               # (B, H, C, C)
             u = torch.linalg.solve_triangular(A, u - beta * kept * (k @ S.mT), upper=False,
                                               unitriangular=True)
@@ -94,7 +94,7 @@ def check_shapes(q, k, v, log_alpha, beta, S):
 class Config:
     """A model. ValueError says in one sentence what does not fit."""
     vocab_size: int
-    T: int                         # tokens of one sequence, for the half-lives at birth; no limit
+    T: int                         # tokens of a sequence: sets the longest half-life, is no limit
     L: int                         # window of attention, in tokens
     N: int = 1                     # passes of a sleep, where a call does not say otherwise
     layout: str = "asas"           # one letter a block: a = attention, s = SSM (fast weights)
@@ -131,7 +131,7 @@ class Memory(NamedTuple):
 def latest(x, n):
     """The last n tokens of x (..., T, d), fewer if there are not as many; the rest can be freed."""
     if n == 0:
-        return x.new_zeros(*x.shape[:-2], 0, x.shape[-1])      # an empty slice has gradients, too
+        return x.new_zeros(*x.shape[:-2], 0, x.shape[-1])      # x[..., T:, :] would hold x's graph
     return x[..., max(x.shape[-2] - n, 0):, :].clone()
 
 
@@ -180,7 +180,7 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(d, d, bias=False) for _ in range(4))
         K = d // self.H
         # Keys are cached unrotated and rotated in every call: scores depend on distances only, so
-        # positions may count from the oldest cached token, L - 1 that sliding eviction kept + L.
+        # positions count from the oldest cached token: at most L - 1 kept ones and L of the window.
         angle = torch.outer(torch.arange(2. * self.L), 10000 ** (-torch.arange(0, K, 2) / K))
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
@@ -198,7 +198,7 @@ class Attention(nn.Module):
         q_rot = rope(q, self.cos[P:P + T], self.sin[P:P + T])
         k_rot = rope(k, self.cos[:P + T], self.sin[:P + T])
         o = F.scaled_dot_product_attention(q_rot, k_rot, v, attn_mask=mask if P else None,
-                                           is_causal=not P)                    # (B, H, T, K)
+                                           is_causal=not P)    # without a past T <= L
         return self.o(o.transpose(1, 2).flatten(2)), k, v
 
 
@@ -211,10 +211,9 @@ class FastWeights(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(d, d, bias=False) for _ in range(4))
         self.z = nn.Linear(d, d, bias=False)                                   # output gate
         self.ab = nn.Linear(d, 2 * self.H, bias=False)                         # alpha and beta
-        # Mamba's names: e^A_log softplus(a + dt_bias) is the rate of decay. Where a = 0 at birth,
-        # softplus(dt_bias) = log 2 / half-life. paper does not say: the half-lives. Here log-spaced
-        # over the heads from 4 tokens to all N * T that a sequence is read for (N at least 4, so
-        # that models of N = 1..4 are born alike).
+        # Half-life of S where a = 0: log 2 / softplus(dt_bias), as e^A_log = 1 at birth (Mamba's
+        # names). paper does not say: the half-lives. Here log-spaced over the heads, from 4 tokens
+        # to all N * T that a sequence is read for (N at least 4, so N = 1..4 are born alike).
         longest = max(cfg.N, 4) * cfg.T
         half_life = torch.logspace(math.log10(longest), math.log10(4), self.H)
         self.dt_bias = nn.Parameter(torch.log(torch.expm1(math.log(2) / half_life)))
@@ -264,7 +263,7 @@ class Block(nn.Module):
 
     def forward(self, h, S, cache):
         """h (B, T, d), this block's S and cache (see Memory) -> h, S, cache grown by T tokens."""
-        tail, *kv = cache
+        tail, *kv = cache                  # kv: [keys, values]; [] for SSM
         x = self.norm1(h)
         if self.conv is not None:
             x, tail = self.conv(x, tail)
@@ -304,9 +303,9 @@ class SleepLM(nn.Module):
         cfg, zeros = self.cfg, self.embed.weight.new_zeros
         H, K = cfg.n_head, cfg.d_model // cfg.n_head
         S = [zeros(B, H, K, K) if kind == "s" else None for kind in cfg.layout]
-        kv = dict(dtype=torch.bfloat16) if self.bf16 else {}
+        bf16 = dict(dtype=torch.bfloat16) if self.bf16 else {}
         cache = [(zeros(B, 0, cfg.d_model),) if kind == "s" else
-                 (zeros(B, 0, cfg.d_model), zeros(B, H, 0, K, **kv), zeros(B, H, 0, K, **kv))
+                 (zeros(B, 0, cfg.d_model), zeros(B, H, 0, K, **bf16), zeros(B, H, 0, K, **bf16))
                  for kind in cfg.layout]
         return Memory(S, cache, 0)
 
@@ -321,11 +320,11 @@ class SleepLM(nn.Module):
     def sleep(self, h, memory, N=None):
         """N passes over a window, then eviction (Algorithm 1, lines 6-7). N = 0: evicted unread.
 
-        h (B, T <= L, d): embeddings of the window. Every pass reads memory.cache, the tokens before
-        the window; h and S go from pass to pass. Returns the memory after eviction, without h.
+        h (B, T <= L, d): embeddings of the window. Every pass reads the same memory.cache (empty
+        under hard eviction); h and S go from pass to pass. Returns the memory after eviction.
         """
         self.check(h, memory, asleep=True)
-        N, S, cache = self.cfg.N if N is None else N, memory.S, list(memory.cache)
+        N, S, cache = (self.cfg.N if N is None else N), memory.S, list(memory.cache)
         for n in range(N):                                                     # line 6
             i, j = self.blocks_of(n, N)    # all blocks, unless cfg.loop names some
             h, S, grown = self.one_pass(h, S, memory.cache, i, j)              # line 7
@@ -335,7 +334,7 @@ class SleepLM(nn.Module):
     def blocks_of(self, n, N):
         """First and stop of the blocks of pass n of N: those outside the loop run once."""
         first, stop = self.cfg.loop
-        return 0 if n == 0 else first, len(self.blocks) if n == N - 1 else stop
+        return (0 if n == 0 else first), (len(self.blocks) if n == N - 1 else stop)
 
     def evict(self, memory):
         """Hard eviction empties the cache; sliding eviction keeps L - 1 tokens. S stays."""
@@ -357,16 +356,16 @@ class SleepLM(nn.Module):
         B, T, L, awake = len(memory.cache[0][0]), h.shape[1], self.cfg.L, memory.awake
         if len(h) != B:
             raise ValueError(f"this memory belongs to a batch of {B}, not of {len(h)}.")
-        if awake + T > L or awake and asleep:
+        if awake + T > L or (awake and asleep):
             raise ValueError(f"{T} tokens do not fit into a window of L = {L} after {awake} that "
-                             "were read awake: evict first (a sleep reads a window from its start).")
+                             "were read awake: evict first (a sleep begins its window).")
 
     def forward(self, tokens, targets, N=None, silent=None):
         """Algorithm 1. A window sleeps if no sequence of the batch has a target in it.
 
         tokens (B, T); targets (B, M): what the last M positions are to predict, already shifted, -1
         for nothing. N: passes of a sleep, or a list, one number a window (not used where it is
-        awake). silent: (targets < 0).all(0) as a list, from a caller who knows it.
+        awake). silent: (targets < 0).all(0) as a list; a CUDA graph cannot look for itself.
         Returns logits (B, M, vocab), 0 where a window sleeps, and their mean cross entropy in nats.
         """
         B, T, M, L = len(tokens), tokens.shape[-1], targets.shape[-1], self.cfg.L
@@ -375,7 +374,7 @@ class SleepLM(nn.Module):
                              "must be (B, T) and (B, M), with M from 1 to T.")
         if all(silent := silent or (targets < 0).all(0).tolist()):
             raise ValueError("all targets are -1: nothing is predicted, so there is no loss.")
-        silent, logits = [True] * (T - M) + silent, []         # T of them: where the mask is 0
+        silent, logits = [True] * (T - M) + silent, []         # T entries; True: the mask is 0
         memory = self.empty_memory(B)                                          # line 1: S <- 0
         windows = tokens.split(L, 1)                                           # line 2
         N = N if isinstance(N, (list, tuple)) else [N] * len(windows)
@@ -388,16 +387,16 @@ class SleepLM(nn.Module):
                 out, memory = self.wake(h, memory)                             # line 10
                 memory = self.evict(memory)            # an awake window is evicted, too
             logits.append(out)
-        # Without the windows before the first target, then without the positions before it.
+        # Drop whole windows before the last M positions, then cut to those M.
         logits = torch.cat(logits[(T - M) // L:], 1)[:, -M:]
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return logits, loss                                                    # line 11
+        return logits, loss                                                    # line 11: the loss
 
     @torch.no_grad()
     def stream(self, tokens, state=None):
         """Not in the paper: tokens (B, T) arrive one at a time; after every L the model sleeps.
 
-        The numbers are those of `forward` if only its last window predicts: here all windows sleep.
+        Equals `forward` if only its last window has targets: here every full window sleeps.
         Returns logits (B, T, vocab) and the state for the next call: the memory now, the memory
         before this window, and the window's embeddings.
         """
@@ -407,7 +406,7 @@ class SleepLM(nn.Module):
             out, now = self.wake(h, now)
             logits.append(out)
             window = torch.cat([window, h], 1)                                 # (B, n, d)
-            if window.shape[1] == self.cfg.L:      # pass 1 again, from where the window began
+            if window.shape[1] == self.cfg.L:      # all N passes, from the S before it
                 now = before = self.sleep(window, before)
                 window = window[:, :0]
         return torch.cat(logits, 1), (now, before, window)
@@ -471,7 +470,7 @@ def train(task, cfg, settings, path):
     for step in tqdm(range(first, steps), path.stem, steps, False, initial=first, disable=None):
         set_phase(model, optimizers, settings, step)
         tokens, targets, *_ = task.make_batch(step)
-        loss = loss + gradients(tokens, targets, draw_N(step, cfg.N))
+        loss = loss + gradients(tokens, targets, draw_N(step, cfg.N))      # zero_grad, backward
         grad_norm = grad_norm.maximum(nn.utils.get_total_norm(
             [p.grad for p in model.parameters() if p.grad is not None]))
         for optimizer in optimizers:
@@ -479,7 +478,7 @@ def train(task, cfg, settings, path):
         run["tokens"] += tokens.numel()
         if (step + 1) % every and step + 1 < steps:
             continue
-        mean = loss.item() / (step + 1 - run["steps"])
+        mean = loss.item() / (step + 1 - run["steps"])         # those are of the last evaluation
         if not (math.isfinite(mean) and all(p.isfinite().all() for p in model.parameters())):
             sys.exit(f"{path.stem}: the loss or a weight is not finite after step {step + 1}; step "
                      f"{run['steps']} is kept. Try smaller learning rates.")
@@ -501,6 +500,7 @@ def begin(task, cfg, settings, path):
     torch.manual_seed(settings["seed"])
     model = getattr(task, "model", SleepLM)(cfg).to(device)
     model.bf16 = device == "cuda"
+    torch.set_float32_matmul_precision("high" if model.bf16 else "highest")    # TF32 on CUDA
     optimizers = make_optimizers(model, settings["lr_muon"], settings["lr_adamw"])
     if not path.exists():
         cpu = f"{device}, {torch.get_num_threads()} threads"
@@ -524,7 +524,7 @@ def begin(task, cfg, settings, path):
 
 
 def set_phase(model, optimizers, settings, step):
-    """The rates of a step. In Section 6.4's warm-up SSM blocks learn alone, under hard eviction."""
+    """The rates of a step. In Section 6.4's warm-up attention blocks rest, and eviction is hard."""
     left, warming = settings["steps"] - step, step < settings["warmup"]
     for optimizer, rate in zip(optimizers, (settings["lr_muon"], settings["lr_adamw"])):
         falling = min(1.0, left / max(1.0, settings["cooldown"] * settings["steps"]))
@@ -550,9 +550,9 @@ def make_optimizers(model, lr_muon, lr_adamw):
 def make_gradients(model, compile, recompute):
     """-> f(tokens (B, T), targets (B, M), N), the loss; its gradients are then in p.grad.
 
-    compile: fuse every block, and on CUDA replay all kernels of a step as one graph, so that none
-    waits for Python; the loss is then written over by the next call. recompute: of a pass keep h
-    and S, and repeat it for the gradient; a graph would keep its memory for every kind of batch.
+    compile: fuse every block. On CUDA also record a step as one CUDA graph and replay it; the loss
+    is a buffer that the next call overwrites. recompute: keep only h and S of a pass, and run it
+    again in the backward pass (no CUDA graph then: it would keep memory for each kind of batch).
     """
     if compile:
         torch._dynamo.config.recompile_limit = 64      # one graph for each shape and kind of call
@@ -764,29 +764,29 @@ def main(doc, presets, flags, Task, argv=None):
 
 def run_all(name, args, plans, out):
     """Train the models that are not finished, then print all of them."""
-    settings = ", ".join(f"{flag} {value}" for flag, value in sorted(vars(args).items()))
-    print(textwrap.fill(f"{name}: {settings}", 99))
+    flags = ", ".join(f"{flag} {value}" for flag, value in sorted(vars(args).items()))
+    print(textwrap.fill(f"{name}: {flags}", 99))
     write(out / "command.txt", lambda p: p.write_text(" ".join(sys.argv) + "\n"))
-    paths, runs = [out / f"N{s['N']}-seed{s['seed']}.pt" for *_, s in plans], []
-    for path in (path.with_suffix(".json") for path in out.glob("N*-seed*.pt")):
-        refuse_other_settings(path, load_run(path), *plans[0][::2], but=("N", "seed"))
+    paths, runs = [out / f"N{s['N']}-seed{s['seed']}.pt" for _, _, s in plans], []
+    task, _, settings = plans[0]
+    for path in out.glob("N*-seed*.json"):
+        if path.with_suffix(".pt").exists():
+            refuse_other_settings(path, load_run(path), task, settings, but=("N", "seed"))
     for path, (task, cfg, settings) in zip(paths, plans):      # refuse before anything is trained
         if path.with_suffix(".json").exists() and not path.exists():
             raise BadInput(f"{path} is gone, but its .json is not: choose another --out.")
         *_, run = begin(task, cfg, settings, path)
         print(f"{path.stem}: {run['parameters']:,} parameters, step {run['steps']} of {args.steps}")
     print(f"{run['device']} (where others work, too, OMP_NUM_THREADS=1), torch {run['torch']}")
-    tokens, targets, *_ = task.test
-    print(getattr(task, "show", lambda *_: "(no example)")(tokens[0], targets[0]))
+    if hasattr(task, "show"):
+        print(task.show(*(x[0] for x in task.test[:2])))
     print(f"best constant guess: {line(task.chance)}")
-    if args.device == "cuda":
-        torch.set_float32_matmul_precision("high")                             # TF32
     for path, (task, cfg, settings) in zip(paths, plans):
         model, run = train(task, cfg, settings, path)
-        if new := {N for N in args.N_test if str(N) not in run.get("N_test", {})}:
-            tests = {str(N): evaluate(model, task, task.test, N) for N in sorted(new)}
+        if new := [N for N in args.N_test if str(N) not in run.get("N_test", {})]:
+            tests = {str(N): evaluate(model, task, task.test, N) for N in new}
             run["N_test"] = run.get("N_test", {}) | tests
-            save(path, torch.load(path, weights_only=True) | dict(run=run))
+        save(path, torch.load(path, weights_only=True) | dict(run=run))
         runs.append(run)
     for run in runs:
         print(f"N {run['N']} seed {run['seed']} | {run['tokens'] / 1e6:.1f}M tokens | "

@@ -1491,8 +1491,9 @@ def test_resume_refuses_other_settings_and_broken_files():
         status, _, err = script(train_ca, f"{SMALL} --N 1 --out {out} --resume")
         assert status == 2 and "is gone, but its .json is not" in err
         torch.save(saved, path)
+        path.with_suffix(".json").unlink()             # killed between the two files
         assert script(train_ca, f"{SMALL} --N 1 --out {out} --resume")[0] == 0
-        assert same(before, weights(out))
+        assert same(before, weights(out)) and a_run(out)["steps"] == 8
         for broken in ("{", "[]", '{"task": "ca"}'):
             path.with_suffix(".json").write_text(broken)
             status, _, err = script(train_ca, f"{SMALL} --N 1 --out {out} --resume")
