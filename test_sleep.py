@@ -1707,6 +1707,7 @@ def test_the_lab_draws_what_it_promises_and_refuses_the_rest_in_a_sentence():
         for module, words, command in (
                 (film, "no checkpoint of train_ca.py", "run/N1-seed0.json"),
                 (film, "models with L = W", "other/N2-seed0.pt"),
+                (film, "no checkpoint of train_ca.py", "''"),
                 (film, "is there already", "run/N2-seed0.pt"),
                 (plot, "nothing", "nothing"),
                 (experiments, "takes no --N", "iterated --N 2"),

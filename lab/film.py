@@ -120,7 +120,7 @@ def main(argv=None):
     p.add_argument("--out", type=Path, metavar="NAME",
                    help="of NAME.png and NAME.json; default: film-CHECKPOINT, beside it")
     args = p.parse_args(argv)
-    out = args.out or args.checkpoint.with_name("film-" + args.checkpoint.stem)
+    out = args.out or args.checkpoint.parent / f"film-{args.checkpoint.stem}"
     try:
         if Path(f"{out}.json").exists():
             raise sleep.BadInput(f"{out}.json is there already: choose another --out.")
