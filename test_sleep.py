@@ -56,18 +56,22 @@ def refused(words, call, *args, **kwargs):
     raise AssertionError(f"nothing was refused ('{words}')")
 
 
-def script(module, command):
-    """Run a script's main in this process -> exit status, what it printed, what it complained."""
+def run(main, *args):
+    """Run a program in this process -> exit status, what it printed, what it complained."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            sleep.main(module.__doc__, module.PRESETS, module.FLAGS, TASKS[module],
-                       shlex.split(command))
+            main(*args)
         except SystemExit as e:
             status = e.code or 0
             if isinstance(status, str):    # what sys.exit would print
                 status = print(status, file=err) or 1
     return status, out.getvalue(), err.getvalue()
+
+
+def script(module, command):
+    return run(sleep.main, module.__doc__, module.PRESETS, module.FLAGS, TASKS[module],
+               shlex.split(command))
 
 
 def settings(module, flags="--preset cpu"):
@@ -127,14 +131,10 @@ def rule_inputs(T, regime, B=2, H=2, K=4, V=6, dtype=torch.float64):
         k = k[:, :, :1].expand_as(k).clone()
     if "two keys" in regime:
         k = k[:, :, torch.arange(T) % 2 * (T > 1)]
-    if "beta 1" in regime:
-        beta = torch.ones_like(beta)
-    if "beta 0" in regime:
-        beta = torch.zeros_like(beta)
-    if "alpha 1" in regime:
-        log_alpha = torch.full_like(log_alpha, -1e-9)
-    if "alpha 0" in regime:
-        log_alpha = torch.full_like(log_alpha, -40.)
+    for name, value in (("beta 1", 1.0), ("beta 0", 0.0)):
+        beta = torch.full_like(beta, value) if name in regime else beta
+    for name, value in (("alpha 1", -1e-9), ("alpha 0", -40.0)):
+        log_alpha = torch.full_like(log_alpha, value) if name in regime else log_alpha
     if "alpha mixed" in regime:
         log_alpha = -40. * (rand(B, H, T) > 0).double()
     return [x.to(dtype).requires_grad_() for x in (q, k, v, log_alpha, beta, S)]
@@ -1373,9 +1373,8 @@ def test_a_script_writes_what_it_promises():
     with folder() as out:
         status, text, err = script(train_ca, f"{SMALL} --N 1 2 --seed 0 1 --N_test 0 2 --out {out}")
         assert status == 0, err
-        assert sorted(x.name for x in out.iterdir()) == ["N1-seed0.json", "N1-seed0.pt",
-            "N1-seed1.json", "N1-seed1.pt", "N2-seed0.json", "N2-seed0.pt", "N2-seed1.json",
-            "N2-seed1.pt", "command.txt"]
+        assert {x.name for x in out.iterdir()} == {"command.txt", *(
+            f"N{N}-seed{seed}.{end}" for N in (1, 2) for seed in (0, 1) for end in ("json", "pt"))}
         for N in (1, 2):
             for seed in (0, 1):
                 r = a_run(out, f"N{N}-seed{seed}.json")
@@ -1601,17 +1600,6 @@ def test_every_preset_makes_models_and_the_paper_presets_have_the_convolution_of
 # ------------------------------------------------------------------------------------------------
 # The lab
 
-def lab(module, command):
-    """Run a module of lab/ in this process -> exit status, what it printed, what it complained."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            module.main(shlex.split(command))
-        except SystemExit as e:
-            status = e.code or 0
-    return status, out.getvalue(), err.getvalue()
-
-
 def changed(carry="hS", think=1, detach=0, **kw):
     return tiny(lambda cfg: experiments.Changed(cfg, carry, think, detach), **kw)
 
@@ -1659,8 +1647,8 @@ def test_every_condition_of_every_experiment_makes_a_model():
 
 
 def test_a_pass_costs_the_same_flop_every_time_and_an_answer_does_not_pay_for_it():
-    run = lambda N, **kw: dict(task="ca", seed=0, settings=vars(settings(train_ca, f"--preset cpu {SMALL}")) | dict(
-        N=N, seed=0) | kw)
+    base = vars(settings(train_ca, f"--preset cpu {SMALL}")) | dict(seed=0)
+    run = lambda N, **kw: dict(task="ca", seed=0, settings=base | dict(N=N) | kw)
     a, b, c, e = (experiments.flop(run(N)) for N in (1, 2, 3, 4))
     assert e - c == c - b and b > 1.7 * a              # two windows sleep, a short one answers
     assert 0.99 < (b - a) / (c - b) <= 1               # (the first S is 0 and needs no gradient)
@@ -1687,21 +1675,21 @@ def test_the_lab_draws_what_it_promises_and_refuses_the_rest_in_a_sentence():
     with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
         assert script(train_ca, f"{SMALL} --N 1 2 --out run")[0] == 0
         assert script(train_ca, f"{SMALL} --L 4 --N 2 --out other")[0] == 0
-        status, text, err = lab(film, "run/N2-seed0.pt")
+        status, text, err = run(film.main, shlex.split("run/N2-seed0.pt"))
         assert status == 0 and "h before" in text, err
         frames = json.loads(Path("run/film-N2-seed0.json").read_text())
         assert list(frames) == [f"{what}{when}" for what in "hS" for when in (
             " before", " after pass 1", " after pass 2", ", shuffled labels")]
         assert min(frames["h before"]["steps"][0]) > 0.95 and frames["S before"]["norm"] == 0
         assert len(frames["S after pass 2"]["steps"]) == 3
-        assert lab(plot, "run")[0] == 0
-        status, text, err = lab(experiments, f"gradient {SMALL}")
+        assert run(plot.main, shlex.split("run"))[0] == 0
+        status, text, err = run(experiments.main, shlex.split(f"gradient {SMALL}"))
         assert status == 0 and "TFLOP" in text, err
         (file,) = Path("out/experiments").glob("gradient*.json")
         runs = json.loads(file.read_text())["runs"]
         assert [run["flags"] for run in runs] == [*experiments.EXPERIMENTS["gradient"].conditions]
         with patched(sleep, "evaluate", None):         # nothing that is finished is run again
-            assert lab(experiments, f"gradient {SMALL}")[0] == 0
+            assert run(experiments.main, shlex.split(f"gradient {SMALL}"))[0] == 0
         for image in ("run/film-N2-seed0.png", "run/plot.png", file.with_suffix(".png")):
             assert Path(image).read_bytes()[:4] == b"\x89PNG"
         for module, words, command in (
@@ -1715,7 +1703,7 @@ def test_the_lab_draws_what_it_promises_and_refuses_the_rest_in_a_sentence():
                 (experiments, "fewer passes", "seeds --detach 1"),
                 (experiments, "hard eviction", "seeds --carry h --eviction sliding"),
                 (experiments, "there is no experiment 'all'", "all")):
-            status, _, err = lab(module, command)
+            status, _, err = run(module.main, shlex.split(command))
             assert status == 2 and words in err, (command, status, err)
     for file in (HERE / "lab").glob("*.json"):         # every committed result can still be read
         if not file.name.startswith(("film", "benchmark")):
@@ -1724,11 +1712,11 @@ def test_the_lab_draws_what_it_promises_and_refuses_the_rest_in_a_sentence():
 
 def test_the_benchmark_measures_all_its_parts():
     with folder() as out:
-        status, text, err = lab(benchmark, f"--quick --device cpu --out {out}")
+        status, text, err = run(benchmark.main, shlex.split(f"--quick --device cpu --out {out}"))
         assert status == 0, err
         results = json.loads((out / "results.json").read_text())
         assert (out / "plot.png").read_bytes()[:4] == b"\x89PNG"
-        assert lab(benchmark, f"--quick --device cpu --out {out}")[0] == 2     # never written over
+        assert run(benchmark.main, shlex.split(f"--quick --device cpu --out {out}"))[0] == 2     # never written over
     assert {row["rule"] for row in results["bench_rule"]} >= {"recurrent", "chunked",
                                                               "chunked, block merge"}
     assert all(row["error"] < 1e-5 and row["both"][0] > 0 for row in results["bench_rule"])
@@ -1738,7 +1726,7 @@ def test_the_benchmark_measures_all_its_parts():
     row = results["bench_wake"][0]                     # float32: S is 2 x 32 x 32, K and V 64 each
     assert row["bytes_S"] == 4 * 2 * 32 * 32 and row["bytes_cache"] == 4 * 64 * 2 * 64
     assert row["bytes_full_attention"] == 4 * 1024 * 2 * 64
-    status, _, err = lab(benchmark, "--device tpu")
+    status, _, err = run(benchmark.main, shlex.split("--device tpu"))
     assert status == 2 and "tpu" in err and err.count("\n") == 1
 
 
