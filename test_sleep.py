@@ -900,19 +900,16 @@ def is_number(said):
     return len(said) == 1 and said[0].isdigit()
 
 
-def solver(sentences, p, reach=99):
+def solver(sentences, p):
     """solve(asked), by reading alone: the answer, {needed name: its operations}, the longest chain
-    of reads; None if a sentence is missing. What lies more than `reach` reads away counts as 0.
-    """
+    of reads; None if a sentence is missing."""
     said = {}
     for name, *rest in sentences:
         said.setdefault(name, []).append(rest)
 
     @cache
-    def form(name, reach):
+    def form(name):
         """a, b, operations, chain: the name is a x + b, x the unknown number."""
-        if reach == 0:
-            return 0, 0, {}, 0
         if name.startswith("all-"):
             rest = " plus ".join(x for x in said if x.endswith(name[3:]) and x != name).split()
             cost = {name: len(rest) // 2 + 1}
@@ -926,7 +923,7 @@ def solver(sentences, p, reach=99):
             factors["plus"], rest = int(rest[0]), rest[2:]
         a = b = chain = 0
         for word, term in zip(["plus", *rest[1::2]], rest[::2], strict=True):
-            x, y, more, z = (0, int(term), {}, 0) if term.isdigit() else form(term, reach - 1)
+            x, y, more, z = (0, int(term), {}, 0) if term.isdigit() else form(term)
             a, b = (a + factors[word] * x) % p, (b + factors[word] * y) % p
             cost, chain = cost | more, max(chain, z)
         return a, b, cost, chain + 1
@@ -934,11 +931,11 @@ def solver(sentences, p, reach=99):
     def solve(asked):
         try:
             if ["unknown"] not in said.get(asked, []):
-                a, b, *found = form(asked, reach)
+                a, b, *found = form(asked)
                 return (b, *found) if a == 0 else None
             told, value = next((name, int(x[0])) for name, said_of in said.items() for x in said_of
                                if is_number(x) and (len(said_of) > 1 or name.startswith("all-")))
-            a, b, *found = form(told, reach)
+            a, b, *found = form(told)
             return (value - b) * pow(a, -1, p) % p, *found     # ValueError if a is 0
         except (KeyError, StopIteration, ValueError):
             return None
@@ -1171,19 +1168,6 @@ def test_what_is_needed_lies_anywhere_and_looks_like_the_rest():
             assert abs(needed[form] / needed.total() - other[form] / other.total()) < 0.12
 
 
-def test_more_operations_take_longer_chains():
-    chains, near = {}, {}
-    for x in made("words"):
-        if not x.reverse:
-            chains.setdefault(x.op, []).append(solver(x.sentences, x.p)(x.name)[2])
-            near.setdefault(x.op, []).append(
-                solver(x.sentences, x.p, reach=3)(x.name)[0] == x.answer)
-    for op in range(1, 8):                 # 300 each: sigma .05 for a mean, .07 for a difference
-        assert mean(chains[op]) + 0.2 < mean(chains[op + 1]), op
-    assert mean(near[1]) == mean(near[2]) == 1
-    assert all(mean(near[op]) < 0.6 for op in (6, 7, 8))       # three reads do not do
-
-
 def test_no_text_of_the_test_is_ever_trained_on():
     def texts(task, tokens):
         return [frozenset(map(tuple, read(task, row)[1])) for row in tokens]       # in any order
@@ -1412,8 +1396,6 @@ def test_a_resumed_run_is_a_straight_run_whatever_stopped_it():
         assert same(weights(a), weights(b))
         x, y = ({k: v for k, v in a_run(out).items() if k != "seconds"} for out in (a, b))
         assert x == y
-        status, text, _ = script(train_ca, f"{SMALL} --N 1 --out {b} --resume")        # finished
-        assert status == 0 and "step 8 of 8" in text and a_run(b)["seconds"] == a_run(b)["seconds"]
 
 
 def test_a_finished_model_is_tested_with_other_N_without_training_again():
@@ -1422,7 +1404,8 @@ def test_a_finished_model_is_tested_with_other_N_without_training_again():
         before, evaluate, tests = weights(out), sleep.evaluate, []
         with patched(sleep, "evaluate", lambda *args: tests.append(args[3]) or evaluate(*args)):
             for flags in ("--N_test 1 4", "--N_test 4 2", ""):
-                assert script(train_ca, f"{SMALL} --N 1 --out {out} --resume {flags}")[0] == 0
+                status, text, _ = script(train_ca, f"{SMALL} --N 1 --out {out} --resume {flags}")
+                assert status == 0 and "step 8 of 8" in text
         assert tests == [1, 4, 2] and set(a_run(out)["N_test"]) == {"1", "2", "4"}
         assert a_run(out)["N_test"]["1"]["exact"] == a_run(out)["exact"]
         assert same(before, weights(out))
