@@ -518,10 +518,10 @@ def compiled_with(backend):
 
 
 def test_compiled_blocks_are_eager_and_neither_N_nor_windows_nor_layers_add_graphs():
-    # the first case goes through all of inductor but the writing of kernels
     from torch._dynamo.testing import CompileCounterWithBackend        # slow: not for every worker
     for eviction, frozen, recompute, backend in (
-            ("hard", False, False, "aot_eager_decomp_partition"), ("sliding", True, True, "eager")):
+            ("hard", False, False, "aot_eager_decomp_partition"),      # inductor without its kernels
+            ("sliding", True, True, "eager")):
         counts = []
         for N, T, layout in ((2, 15, "as"), (3, 20, "asas")):
             results = []
@@ -1727,14 +1727,13 @@ def commands_of(text):
 
 
 def test_every_command_of_the_readme_and_the_notebook_parses_and_the_short_one_runs():
-    commands, ran = {*commands_of(README), *commands_of(NOTEBOOK)}, 0
-    assert {"python train_ca.py", "python train_khop.py"} <= commands
-    for command in commands:
+    ran = 0
+    for command in {*commands_of(README), *commands_of(NOTEBOOK)}:
         _, file, *flags = shlex.split(command)
         if file == "-m":
             assert (HERE / (flags[0].replace(".", "/") + ".py")).exists(), command
         module = {f"{m.__name__}.py": m for m in TASKS}.get(file)
-        if module is None or "--help" in flags:
+        if module is None:
             continue
         args = sleep.parse("", module.PRESETS, module.FLAGS, flags)[1]
         sleep.plan(args, TASKS[module])
