@@ -592,7 +592,6 @@ def test_the_library_refuses_bad_input_in_one_sentence():
 # Rule 110
 
 def built(module, flags, seed=0):
-    """The task of a script."""
     return TASKS[module](settings(module, flags), seed)
 
 
@@ -1244,7 +1243,6 @@ SMALL = ("--device cpu --W 8 --L 8 --t 2 --d_model 16 --n_head 2 --batch_size 8 
 
 @contextlib.contextmanager
 def folder():
-    """A folder that is not there yet."""
     with tempfile.TemporaryDirectory() as place:
         yield Path(place) / "runs"
 
@@ -1720,7 +1718,6 @@ README, NOTEBOOK = ((HERE / f).read_text() for f in ("README.md", "lab/README.md
 
 
 def commands_of(text):
-    """Every `python ...` in a code block or table."""
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.S)) + "\n" + "\n".join(
         re.findall(r"`(python [^`]*)`", text))
     return [line.split("#")[0].strip() for line in blocks.splitlines() if line.startswith("python ")]
@@ -1736,6 +1733,7 @@ def test_every_command_of_the_readme_and_the_notebook_parses_and_the_short_one_r
         if module is None:
             continue
         args = sleep.parse("", module.PRESETS, module.FLAGS, flags)[1]
+        args.seed = args.seed[:1]
         sleep.plan(args, TASKS[module])
         if args.steps == 10:
             with tempfile.TemporaryDirectory() as out:
@@ -1811,7 +1809,7 @@ def main():
              and (not words or any(word in name for word in words))]
     if not words and os.cpu_count() > 1:
         halves = [subprocess.Popen([sys.executable, __file__, *half], env=os.environ | dict(
-            OMP_NUM_THREADS="1")) for half in (names[::2], names[1::2])]
+            OMP_NUM_THREADS="1")) for half in (names[::2], names[1::2][::-1])]
         sys.exit(max(half.wait() for half in halves))
     failed, begin = 0, time.monotonic()
     for name in names:
