@@ -325,6 +325,8 @@ class SleepLM(nn.Module):
         """
         self.check(h, memory, asleep=True)
         N, S, cache = (self.cfg.N if N is None else N), memory.S, list(memory.cache)
+        if not isinstance(N, int) or N < 0:
+            raise ValueError(f"N must be an integer >= 0, the passes of a sleep, not {N}.")
         for n in range(N):                                                     # line 6
             i, j = self.blocks_of(n, N)    # all blocks, unless cfg.loop names some
             h, S, grown = self.one_pass(h, S, memory.cache, i, j)              # line 7
@@ -378,7 +380,9 @@ class SleepLM(nn.Module):
         memory = self.empty_memory(B)                                          # line 1: S <- 0
         windows = tokens.split(L, 1)                                           # line 2
         N = N if isinstance(N, (list, tuple)) else [N] * len(windows)
-        for i, (window, passes) in enumerate(zip(windows, N, strict=True)):    # line 3
+        if len(N) != len(windows):
+            raise ValueError(f"N has {len(N)} numbers; there are {len(windows)} windows.")
+        for i, (window, passes) in enumerate(zip(windows, N)):                 # line 3
             h = self.embed(window)                                             # line 4
             if all(silent[i * L:(i + 1) * L]):                                 # line 5
                 memory = self.sleep(h, memory, passes)                         # lines 6-7
@@ -387,8 +391,7 @@ class SleepLM(nn.Module):
                 out, memory = self.wake(h, memory)                             # line 10
                 memory = self.evict(memory)            # an awake window is evicted, too
             logits.append(out)
-        # Drop whole windows before the last M positions, then cut to those M.
-        logits = torch.cat(logits[(T - M) // L:], 1)[:, -M:]
+        logits = torch.cat(logits[(T - M) // L:], 1)[:, -M:]   # without what is before the last M
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss                                                    # line 11: the loss
 
@@ -502,13 +505,13 @@ def begin(task, cfg, settings, path):
     model.bf16 = device == "cuda"
     torch.set_float32_matmul_precision("high" if model.bf16 else "highest")    # TF32 on CUDA
     optimizers = make_optimizers(model, settings["lr_muon"], settings["lr_adamw"])
+    cpu = f"{device}, {torch.get_num_threads()} threads"
     if not path.exists():
-        cpu = f"{device}, {torch.get_num_threads()} threads"
-        machine = torch.cuda.get_device_name() if device == "cuda" else cpu
         return model, optimizers, dict(
             task=task.name, N=cfg.N, seed=settings["seed"], steps=0, tokens=0, seconds=0.0,
             parameters=sum(p.numel() for p in model.parameters()), chance=task.chance, curve=[],
-            settings=settings, torch=str(torch.__version__), device=machine)
+            settings=settings, torch=str(torch.__version__),
+            device=torch.cuda.get_device_name() if device == "cuda" else cpu)
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         refuse_other_settings(path, saved["run"], task, settings)
@@ -535,10 +538,8 @@ def set_phase(model, optimizers, settings, step):
 
 
 def make_optimizers(model, lr_muon, lr_adamw):
-    """Muon for the matrices of the blocks, AdamW for all else (Section 6.1).
-
-    paper does not say: the weight decay. None here.
-    """
+    """Muon for the matrices of the blocks, AdamW for all else (Section 6.1). paper does not say:
+    the weight decay. None here."""
     if not hasattr(torch.optim, "Muon"):
         raise BadInput(f"training needs torch 2.9 or newer, for Muon; this is {torch.__version__}.")
     matrices = [m.weight for m in model.blocks.modules() if isinstance(m, nn.Linear)]
@@ -648,7 +649,6 @@ def load_run(path):
 
 
 def refuse_other_settings(path, run, task, settings, but=()):
-    """BadInput if a run was made for another task, or with other settings."""
     old, new = dict(run["settings"], task=run["task"]), dict(settings, task=task.name)
     if other := [f"{k} was {old.get(k)}, is {new.get(k)}" for k in sorted({*old, *new})
                  if old.get(k) != new.get(k) and k not in ("compile", "recompute", *but)]:
@@ -705,8 +705,8 @@ def parse(doc, presets, flags, argv=None):
     if not there.get(device):
         p.error(f"there is no device '{device}' here: take --device cpu.")
     preset = args.preset or ("gpu" if device == "cuda" and "gpu" in presets else "cpu")
-    fuse = device == "cuda" and find_spec("triton") is not None
-    values = DEFAULTS | dict(compile=fuse) | presets[preset]
+    fuse = dict(compile=device == "cuda" and find_spec("triton") is not None)
+    values = DEFAULTS | fuse | presets[preset]
     for flag, text in (flags | FLAGS).items():
         value, kind = values[flag], dict(type=type(values[flag]))
         if isinstance(value, bool):

@@ -401,7 +401,8 @@ def test_N_may_be_given_per_call_and_per_window():
     close(model(tokens, targets, N=3)[0], tiny(N=3)(tokens, targets)[0], 1e-12)
     close(model(tokens, targets, N=[1, 4, 2, 9])[0],
           by_hand(model, tokens, targets, [1, 4, 2, 0])[0], 1e-10)
-    refused("zip()", model, tokens, targets, N=[1, 2])
+    refused("N has 2 numbers; there are 4", model, tokens, targets, N=[1, 2])
+    refused("N must be an integer >= 0", model, tokens, targets, N=-1)
 
 
 def test_with_0_passes_a_window_is_evicted_unread():
