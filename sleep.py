@@ -414,17 +414,6 @@ class SleepLM(nn.Module):
                 window = window[:, :0]
         return torch.cat(logits, 1), (now, before, window)
 
-    def generate(self, tokens, n):
-        """Not in the paper: the n likeliest next tokens (B, n) after (B, T), one by one."""
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"n must be an integer >= 1, the tokens to generate, not {n}.")
-        state, out = None, []
-        for _ in range(n):
-            logits, state = self.stream(tokens, state)
-            tokens = logits[:, -1:].argmax(-1)
-            out.append(tokens)
-        return torch.cat(out, 1)
-
 
 # ------------------------------------------------------------------------------------------------
 # The method ends here. What follows trains it.
@@ -537,15 +526,36 @@ def set_phase(model, optimizers, settings, step):
         block.requires_grad_(block.kind == "s" or not warming)
 
 
+class Muon(torch.optim.Optimizer):
+    """The step is the momentum with all its singular values near 1 (Jordan et al. 2024): that of
+    torch.optim, in float32, as bfloat16 is slow on a CPU, and all matrices of a shape at once."""
+
+    @torch.no_grad()
+    def step(self):
+        group, = self.param_groups
+        params = [p for p in group["params"] if p.grad is not None]
+        for rows, columns in dict.fromkeys(p.shape for p in params):
+            batch = [p for p in params if p.shape == (rows, columns)]
+            grads = [p.grad for p in batch]
+            means = [self.state[p].setdefault("mean", torch.zeros_like(p)) for p in batch]
+            torch._foreach_lerp_(means, grads, 0.05)
+            X = torch.stack(torch._foreach_lerp(grads, means, 0.95))           # Nesterov
+            X = X.mT if rows > columns else X                                  # (n, short, long)
+            X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+            for _ in range(5):                                                 # Newton-Schulz
+                A = X @ X.mT
+                X = 3.4445 * X + (2.0315 * A @ A - 4.775 * A) @ X
+            X = X.mT if rows > columns else X
+            torch._foreach_add_(batch, list(X), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+
 def make_optimizers(model, lr_muon, lr_adamw):
     """Muon for the matrices of the blocks, AdamW for all else (Section 6.1). paper does not say:
     the weight decay. None here."""
-    if not hasattr(torch.optim, "Muon"):
-        raise BadInput(f"training needs torch 2.9 or newer, for Muon; this is {torch.__version__}.")
     matrices = [m.weight for m in model.blocks.modules() if isinstance(m, nn.Linear)]
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    return (torch.optim.Muon(matrices, lr=lr_muon, weight_decay=0.0),
-            torch.optim.AdamW(rest, lr=lr_adamw, weight_decay=0.0, fused=rest[0].is_cuda))
+    return Muon(matrices, dict(lr=lr_muon)), torch.optim.AdamW(rest, lr=lr_adamw, weight_decay=0.0,
+                                                               fused=rest[0].is_cuda)
 
 
 def make_gradients(model, compile, recompute):
@@ -639,19 +649,10 @@ def save(path, state):
     write(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(state["run"], indent=1)))
 
 
-def load_run(path):
-    """A run from its json. BadInput if it cannot be read."""
-    try:
-        run = json.loads(path.read_text())
-        return dict(run, settings=dict(run["settings"]), task=run["task"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise BadInput(f"{path} cannot be read as a run ({type(e).__name__}).") from None
-
-
-def refuse_other_settings(path, run, task, settings, but=()):
+def refuse_other_settings(path, run, task, settings):
     old, new = dict(run["settings"], task=run["task"]), dict(settings, task=task.name)
     if other := [f"{k} was {old.get(k)}, is {new.get(k)}" for k in sorted({*old, *new})
-                 if old.get(k) != new.get(k) and k not in ("compile", "recompute", *but)]:
+                 if old.get(k) != new.get(k) and k not in ("compile", "recompute")]:
         raise BadInput(f"{path} was made with other settings ({'; '.join(other)}): resume with the "
                        "same ones, or choose another --out.")
 
@@ -693,20 +694,19 @@ def parse(doc, presets, flags, argv=None):
 
     presets: {name: {flag: value}}, the value gives its type, too; flags: {flag: help} of the task.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=list(presets), help="default: gpu with CUDA, else cpu")
-    first.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    p = argparse.ArgumentParser(description=doc, parents=[first], allow_abbrev=False,
+    p = argparse.ArgumentParser(description=doc, add_help=False, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    first.error = p.error = lambda sentence: p.exit(2, f"{p.prog}: {sentence}\n")
-    args, _ = first.parse_known_args(argv)
+    p.error = lambda sentence: p.exit(2, f"{p.prog}: {sentence}\n")
+    p.add_argument("--preset", choices=list(presets), default="cpu", help="default: cpu")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    args, _ = p.parse_known_args(argv)
+    p.add_argument("-h", "--help", action="help", help="show this")
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     device = next(d for d in there if there[d]) if args.device == "auto" else args.device
     if not there.get(device):
         p.error(f"there is no device '{device}' here: take --device cpu.")
-    preset = args.preset or ("gpu" if device == "cuda" and "gpu" in presets else "cpu")
     fuse = dict(compile=device == "cuda" and find_spec("triton") is not None)
-    values = DEFAULTS | fuse | presets[preset]
+    values = DEFAULTS | fuse | presets[args.preset]
     for flag, text in (flags | FLAGS).items():
         value, kind = values[flag], dict(type=type(values[flag]))
         if isinstance(value, bool):
@@ -717,7 +717,7 @@ def parse(doc, presets, flags, argv=None):
     p.add_argument("--out", type=Path, help="folder for results; default: a new one in out/")
     p.add_argument("--resume", action="store_true", help="go on where the runs in --out stopped")
     args = p.parse_args(argv)
-    args.preset, args.device = preset, device
+    args.device = device
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     return p, args
 
@@ -768,10 +768,6 @@ def run_all(name, args, plans, out):
     print(textwrap.fill(f"{name}: {flags}", 99))
     write(out / "command.txt", lambda p: p.write_text(" ".join(sys.argv) + "\n"))
     paths, runs = [out / f"N{s['N']}-seed{s['seed']}.pt" for _, _, s in plans], []
-    task, _, settings = plans[0]
-    for path in out.glob("N*-seed*.json"):
-        if path.with_suffix(".pt").exists():
-            refuse_other_settings(path, load_run(path), task, settings, but=("N", "seed"))
     for path, (task, cfg, settings) in zip(paths, plans):      # refuse before anything is trained
         if path.with_suffix(".json").exists() and not path.exists():
             raise BadInput(f"{path} is gone, but its .json is not: choose another --out.")

@@ -428,14 +428,6 @@ def test_streaming_token_by_token_is_the_training_forward():
                 close(torch.cat([first, rest], 1)[:, -M:], logits, 1e-10)
 
 
-def test_generate_is_greedy_and_feeds_its_answers_back():
-    model, tokens = tiny(N=2), random_tokens()
-    out = model.generate(tokens, 4)
-    for i in range(4):
-        logits, _ = model.stream(torch.cat([tokens, out[:, :i]], 1))
-        assert torch.equal(logits[:, -1].argmax(-1), out[:, i])
-
-
 def test_the_answer_takes_one_pass_whatever_N():
     for N in (1, 2, 5):
         model, tokens, passes = tiny(N=N), random_tokens(T=12), []
@@ -574,8 +566,6 @@ def test_the_library_refuses_bad_input_in_one_sentence():
     refused("must be (B, T) integers", model.stream, tokens.double())
     refused("must be (B, T) integers", model.stream, tokens[0])
     refused("M from 1 to T", model, tokens[:, :0], targets_for(tokens, 1))
-    for n in (0, 1.5, "2"):
-        refused("n must be an integer >= 1", model.generate, tokens, n)
     refused("belongs to a batch of 2", model.stream, tokens, model.stream(tokens[:2])[1])
     for eviction, layout in (("hard", "asas"), ("sliding", "asas"), ("hard", "ss")):
         model = tiny(eviction=eviction, layout=layout)
@@ -1271,6 +1261,27 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert {"embed.weight", "head.weight", "blocks.0.conv.weight", "blocks.1.mixer.dt_bias"} <= rest
 
 
+def test_muon_is_that_of_torch_up_to_the_rounding_of_bfloat16_and_orthogonalises():
+    shapes, g = [(8, 8), (8, 8), (32, 8), (8, 32), (2, 8)], torch.Generator().manual_seed(0)
+    first = [torch.randn(*shape, generator=g) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in first] for _ in range(2))
+    muon = sleep.Muon(ours, dict(lr=0.01))
+    torchs = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.0)
+    for step in range(10):
+        for i, (a, b) in enumerate(zip(ours, theirs)):
+            a.grad = b.grad = None if i == 1 and step < 3 else torch.randn(*a.shape, generator=g)
+        before = [a.detach().clone() for a in ours]
+        muon.step()
+        torchs.step()
+        for a, b, old in zip(ours, theirs, before):
+            assert (a - b).abs().max() < 1e-3
+            if a.grad is None:
+                assert torch.equal(a, old)             # frozen
+            else:
+                values = torch.linalg.svdvals((old - a) / 0.01 / max(1, len(a) / a.shape[1]) ** 0.5)
+                assert 0.6 < values.median() and values.max() < 1.3, values
+
+
 def test_both_optimizers_step_with_their_own_rate_that_cools_down():
     rates, make_optimizers = ([], []), sleep.make_optimizers
 
@@ -1457,9 +1468,8 @@ def test_resume_refuses_other_settings_and_broken_files():
         saved = torch.load(path, weights_only=True)
         status, _, err = script(train_ca, f"{SMALL} --N 1 --out {out}")
         assert status == 2 and "add --resume" in err
-        for N in (1, 2):
-            status, _, err = script(train_ca, f"{SMALL} --N {N} --out {out} --resume --t 3")
-            assert status == 2 and "t was 2, is 3" in err
+        status, _, err = script(train_ca, f"{SMALL} --N 1 --out {out} --resume --t 3")
+        assert status == 2 and "t was 2, is 3" in err
         status, _, err = script(train_khop, f"--device cpu --steps 1 --out {out} --resume")
         assert status == 2 and "task was ca, is khop" in err
         less = {k: v for k, v in saved["model"].items() if "head" not in k}
@@ -1475,10 +1485,6 @@ def test_resume_refuses_other_settings_and_broken_files():
         path.with_suffix(".json").unlink()             # killed between the two files
         assert script(train_ca, f"{SMALL} --N 1 --out {out} --resume")[0] == 0
         assert same(before, weights(out)) and a_run(out)["steps"] == 8
-        for broken in ("{", "[]", '{"task": "ca"}'):
-            path.with_suffix(".json").write_text(broken)
-            status, _, err = script(train_ca, f"{SMALL} --N 1 --out {out} --resume")
-            assert status == 2 and "cannot be read as a run" in err and err.count("\n") == 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint():

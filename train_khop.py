@@ -26,8 +26,8 @@ import sleep
 
 PRESETS = {
     "cpu": dict(N=[1, 3], nodes=12, K=4, queries=12, words=False, feed=False, n_law="all",
-                deeper=0.0, question_first=False, L=12, layout="as", d_model=64, n_head=2,
-                steps=1600, batch_size=128, lr_muon=7e-3, lr_adamw=3e-3, cooldown=0.1, eval_every=100),
+                deeper=0.3, question_first=False, L=24, layout="as", d_model=64, n_head=1,
+                steps=1200, batch_size=64, lr_muon=1e-2, lr_adamw=4e-3, cooldown=0.4, eval_every=100),
     "gpu": dict(N=[1, 2, 4], nodes=24, K=8, queries=12, words=True, feed=False, n_law="mix",
                 deeper=0.0, question_first=False, L=20, layout="asas", d_model=256, n_head=4,
                 steps=5000, batch_size=128, lr_muon=2e-3, lr_adamw=5e-4, eval_every=250),

@@ -26,9 +26,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from matplotlib.patches import Rectangle
+
 import sleep
 from lab.benchmark import count_flop
-from lab.plot import METRICS, case_words, figure, legend, panels, pick, save_figure, title
+from lab.plot import (METRICS, TASKS, case_words, figure, legend, load_runs, panels, pick,
+                      save_figure, title)
 
 FOLDER = Path("out/experiments")
 MODULES = dict(ca=("train_ca", "Tapes"), khop=("train_khop", "Cycles"),
@@ -45,7 +48,8 @@ class Row(NamedTuple):
     task: str              # one of MODULES
     question: str
     conditions: dict       # {flags: the same in words}
-    N_test: tuple = ()     # test with these N, too, and draw that
+    picture: str = "bars"  # one of PICTURES, at the end of this file
+    N_test: tuple = ()     # test with these N, too
 
 
 ONE_OR_THREE = {"--N 1": "1 pass", "--N 3": "3 passes"}
@@ -61,11 +65,19 @@ def times(kinds, costs):
 
 
 EXPERIMENTS = {
-    "depth": Row("khop", "Do more passes answer deeper questions?", {
-        "--N 1": "1 pass", "--N 1 --steps 4800": "1 pass, three times the steps",
-        "--N 3": "3 passes"}),
+    "staircase": Row("khop", "Does a pass buy a hop?", {
+        f"--N {N}": f"trained with N = {N}" for N in (1, 2, 3, 4)}, "heat", (1, 2, 3, 4, 5, 6)),
+    "depth": Row("khop", "What does the same compute buy?", {
+        **{f"--N {N} --seed 0 1 2 3 4": f"N = {N}" for N in (1, 2, 3, 4)},
+        **{f"--N {N} --steps 3600 --seed 0 1 2": f"N = {N}, 3 x tokens" for N in (1, 2, 3, 4)},
+        "--N 1 --steps 12000 --seed 0 1": "N = 1, 10 x tokens",
+        **{f"--N 1 --n_head 2{steps} --seed 0 1 2": f"N = 1 with 2 heads{words}" for steps, words in
+           (("", ""), (" --steps 3600", ", 3 x tokens"))},
+        "--N 1 --layout asasas --seed 0 1 2": "N = 1 and three times as deep",
+        "--N 1 --d_model 112 --seed 0 1 2": "N = 1 and wider",
+        "--N 1 --think 3 --seed 0 1 2": "N = 1 and 3 passes over the answers"}, "tflop"),
     "iterated": Row("ca", "What is iterated: h, S, or both?", ITERATED),
-    "khop_iterated": Row("khop", "What is iterated on another task: h, S, or both?", ITERATED),
+    "khop_iterated": Row("khop", "What is iterated: h, S, or both?", ITERATED),
     "difficulty": Row("ca", "Is it the depth of a question, or its difficulty?", times({
         "--t 0 --steps 150": "0 steps of rule 110 (storage only)",
         "--t 1 --steps 150": "1 step of rule 110", "--t 4": "4 steps of rule 110",
@@ -79,7 +91,7 @@ EXPERIMENTS = {
         "--N 1 --d_model 112": "1 pass, wider", "--N 1 --think 3": "1 pass, 3 over the answers"}),
     "other_N": Row("ca", "What if N is another one at the test?", {
         **{f"--N {N}": f"trained with N = {N}" for N in (1, 2, 3, 4)},
-        "--N 4 --any_N": "trained with N drawn from 1 to 4"}, (1, 2, 3, 4, 6, 8, 12, 16)),
+        "--N 4 --any_N": "trained with N drawn from 1 to 4"}, "lines", (1, 2, 3, 4, 6, 8, 12, 16)),
     "rule": Row("ca", "Does the fast-weight rule matter? (new tapes in the test)", times({
         "--hold_out reach --update_rule hebbian": "Hebbian",
         "--hold_out reach --update_rule gated_hebbian": "gated Hebbian (Eq. 3)",
@@ -220,7 +232,7 @@ def experiment(name, argv):
                 raise
             sys.exit("stopped. The same command goes on from the last evaluation."
                      if e.code.startswith("stopped") else f"{e.code} (In {out}.)")
-        group = [sleep.load_run(out / f"N{N}-seed{seed}.json") for N in dict.fromkeys(args.N)
+        group = [load_runs(out / f"N{N}-seed{seed}.json")[0] for N in dict.fromkeys(args.N)
                  for seed in dict.fromkeys(args.seed)]
         tflop = flop(group[0]) * group[0]["steps"] / 1e12
         runs += [run | dict(flags=condition, label=row.conditions[condition], tflop=tflop)
@@ -228,10 +240,7 @@ def experiment(name, argv):
     out = FOLDER / re.sub("[^a-zA-Z0-9_.]+", "-", " ".join([name, *argv])).strip("-")
     json_file, png = (out.with_name(out.name + end) for end in (".json", ".png"))
     sleep.write(json_file, lambda p: p.write_text(json.dumps(dict(runs=runs), indent=1)))
-    if row.N_test:
-        plot_other_N(runs, row, png)
-    else:
-        plot_conditions(runs, row, png)
+    PICTURES[row.picture](runs, row, png)
     print(f"\n{row.question}")
     metric = next(iter(runs[0]["chance"]))
     for label, group in by_label(runs).items():
@@ -307,6 +316,63 @@ def plot_other_N(runs, row, path):
     fig.suptitle(f"{row.question}\n{title(runs)}", fontsize=10)
     legend(fig, axes[0, 0], "lines: mean of the seeds; dots: the seeds")
     save_figure(fig, path)
+
+
+def plot_heat(runs, row, path):
+    """A panel a condition: passes at the test downwards, cases to the right, colour and number."""
+    groups, metric = by_label(runs), next(iter(runs[0]["chance"]))
+    columns = cases(runs[0], metric)
+    fig, axes = figure(1, len(groups), (2.3 * len(groups) + 1.4, 0.42 * len(row.N_test) + 1.9),
+                       sharey=True)
+    for ax, (label, group) in zip(axes[0], groups.items()):
+        means = [[sum(pick(run["N_test"][str(n)], metric, case) for run in group) / len(group)
+                  for case in columns] for n in row.N_test]
+        image = ax.imshow(means, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for y, values in enumerate(means):
+            for x, value in enumerate(values):
+                ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8,
+                        color="w" if value < 0.6 else "k")
+        ax.add_patch(Rectangle((-0.5, row.N_test.index(group[0]["N"]) - 0.5), len(columns), 1,
+                               fill=False, ec="r", lw=2, clip_on=False, zorder=3))
+        ax.set_xticks(range(len(columns)), columns)
+        ax.set_yticks(range(len(row.N_test)), row.N_test)
+        ax.set_title(label, fontsize=10)
+        ax.set_xlabel(TASKS[row.task][1] + "s")
+        ax.grid(False)
+    axes[0, 0].set_ylabel("passes of the sleep at the test")
+    guess = pick(runs[0]["chance"], metric, columns[0])
+    fig.colorbar(image, ax=axes[0, -1], label=f"{METRICS.get(metric, metric)} (guess {guess:.2f})")
+    fig.suptitle(f"{row.question}\n{title(runs)} (mean); framed: as in training", fontsize=10)
+    save_figure(fig, path)
+
+
+def plot_tflop(runs, row, path):
+    """Against the cost of training, a panel a case: a line what comes before a label's comma."""
+    groups, metric = by_label(runs), next(iter(runs[0]["chance"]))
+    columns, lines = cases(runs[0], metric), {}
+    for label, group in groups.items():
+        lines.setdefault(label.split(",")[0], []).append(group)
+    fig, axes = figure(1, len(columns), (3.0 * len(columns) + 1, 4.6), sharey=True)
+    for ax, case in zip(axes[0], columns):
+        for i, (label, line) in enumerate(lines.items()):
+            line = sorted(line, key=lambda group: group[0]["tflop"])
+            values = [[pick(run, metric, case) for run in group] for group in line]
+            mark = "o" if len(line) > 1 else "^"
+            ax.plot([group[0]["tflop"] for group in line], [sum(v) / len(v) for v in values],
+                    f"C{i}{mark}-", ms=6, label=label)
+            for group, v in zip(line, values):
+                ax.plot([group[0]["tflop"]] * len(v), v, f"C{i}{mark}", ms=3, alpha=0.5)
+        ax.axhline(pick(runs[0]["chance"], metric, case), color="k", ls="--", lw=1,
+                   label="constant guess")
+        ax.set(xscale="log", ylim=(0, 1.03), xlabel="TFLOP of training")
+        ax.set_title(case_words(row.task, case), fontsize=10)
+    axes[0, 0].set_ylabel(METRICS.get(metric, metric))
+    fig.suptitle(f"{row.question}\n{title(runs)}", fontsize=10)
+    legend(fig, axes[0, 0], "large: mean of the seeds; small: the seeds")
+    save_figure(fig, path)
+
+
+PICTURES = dict(bars=plot_conditions, lines=plot_other_N, heat=plot_heat, tflop=plot_tflop)
 
 
 def main(argv=None):

@@ -40,7 +40,7 @@ def load_runs(path):
     path = Path(path)
     try:
         if path.is_dir():
-            runs = [sleep.load_run(file) for file in path.glob("N*-seed*.json")]
+            runs = [run for file in path.glob("N*-seed*.json") for run in load_runs(file)]
         else:
             runs = json.loads(path.read_text())
             runs = runs["runs"] if "runs" in runs else [runs]
