@@ -2,11 +2,13 @@
 
     python -m lab.experiments                            the list of experiments
     python -m lab.experiments iterated --seed 0 1 2      run one; further flags are for all its runs
-    python -m lab.experiments other_N --any_N --help     all flags; these four are of this file:
+    python -m lab.experiments other_N --any_N --help     all flags; these six are of this file:
 
     --carry hS, h or S   what a pass of a sleep hands to the next; without S the last pass writes it
     --think n            passes over an answer window
     --detach n           gradients pass through the last n passes of a sleep only, and skip the rest
+    --recall             before every pass but the first, h <- rms_norm(h) + embeddings
+    --every_pass         train on the answers after every pass n, with weight n
     --any_N              draw N anew for every training step, from 1 to --N
 
 Runs are kept in out/experiments/ and shared: what one experiment has finished, no other one runs
@@ -26,6 +28,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from matplotlib.patches import Rectangle
 
 import sleep
@@ -36,10 +40,12 @@ from lab.plot import (METRICS, TASKS, case_words, figure, legend, load_runs, pan
 FOLDER = Path("out/experiments")
 MODULES = dict(ca=("train_ca", "Tapes"), khop=("train_khop", "Cycles"),
                gsm=("train_gsm", "Problems"))
-OWN = dict(carry="hS", think=1, detach=0, any_N=False)         # the flags of this file
+OWN = dict(carry="hS", think=1, detach=0, recall=False, every_pass=False, any_N=False)
 HELP = dict(carry="what a pass of a sleep hands to the next: hS, h or S",
             think="passes over an answer window",
             detach="gradients pass through the last so many passes of a sleep only; 0: through all",
+            recall="before every pass but the first, h <- rms_norm(h) + embeddings",
+            every_pass="train on the answers after every pass n of a sleep, with weight n",
             any_N="draw N anew for every training step, from 1 to --N")
 
 
@@ -53,10 +59,6 @@ class Row(NamedTuple):
 
 
 ONE_OR_THREE = {"--N 1": "1 pass", "--N 3": "3 passes"}
-ITERATED = {"--N 3": "3 passes hand on h and S",
-            "--N 3 --carry h": "3 passes hand on h, the last one writes S",
-            "--N 3 --carry S": "3 passes hand on S, each reads the embeddings",
-            "--N 1": "1 pass"}
 
 
 def times(kinds, costs):
@@ -64,6 +66,27 @@ def times(kinds, costs):
     return {f"{a} {b}".strip(): f"{x}, {y}" for a, x in kinds.items() for b, y in costs.items()}
 
 
+ONE_THING = {                              # what is changed: a question, conditions
+    "iterated": ("What is iterated: h, S, or both?", {
+        "--N 3": "3 passes hand on h and S",
+        "--N 3 --carry h": "3 passes hand on h, the last one writes S",
+        "--N 3 --carry S": "3 passes hand on S, each reads the embeddings",
+        "--N 1": "1 pass"}),
+    "rule": ("Does the fast-weight rule matter?", times({
+        "--update_rule hebbian": "Hebbian", "--update_rule gated_hebbian": "gated Hebbian (Eq. 3)",
+        "--update_rule delta": "delta", "": "gated delta"}, ONE_OR_THREE)),
+    "conv": ("What does the short convolution do?", times({
+        "--conv ''": "none", "--conv a": "before attention", "--conv s": "before the SSM (paper)",
+        "": "before both"}, ONE_OR_THREE)),
+    "gradient": ("Does the gradient have to reach all passes?", {
+        "--N 3": "3 passes", "--N 3 --detach 2": "3 passes, gradient through the last 2",
+        "--N 3 --detach 1": "3 passes, gradient through the last one",
+        "--N 3 --detach 1 --recall --every_pass": "the same with recall, and a loss after each pass",
+        "--N 1": "1 pass"}),
+    "span": ("Is one block enough to loop?", {
+        "--N 3": "3 passes through both blocks", "--N 3 --loop 1 2": "3 passes, SSM block only",
+        "--N 3 --loop 0 1": "3 passes, attention block only", "--N 1": "1 pass"}),
+}
 EXPERIMENTS = {
     "staircase": Row("khop", "Does a pass buy a hop?", {
         f"--N {N}": f"trained with N = {N}" for N in (1, 2, 3, 4)}, "heat", (1, 2, 3, 4, 5, 6)),
@@ -76,38 +99,20 @@ EXPERIMENTS = {
         "--N 1 --layout asasas --seed 0 1 2": "N = 1 and three times as deep",
         "--N 1 --d_model 112 --seed 0 1 2": "N = 1 and wider",
         "--N 1 --think 3 --seed 0 1 2": "N = 1 and 3 passes over the answers"}, "tflop"),
-    "iterated": Row("ca", "What is iterated: h, S, or both?", ITERATED),
-    "khop_iterated": Row("khop", "What is iterated: h, S, or both?", ITERATED),
-    "difficulty": Row("ca", "Is it the depth of a question, or its difficulty?", times({
-        "--t 0 --steps 150": "0 steps of rule 110 (storage only)",
-        "--t 1 --steps 150": "1 step of rule 110", "--t 4": "4 steps of rule 110",
-        "": "6 steps of rule 110", "--t 8": "8 steps of rule 110",
-        "--rule 90 --t 4": "4 steps of rule 90 (XOR of 2 cells)",
-        "--rule 90": "6 steps of rule 90 (XOR of 4 cells)"}, ONE_OR_THREE)),
-    "hold_out": Row("ca", "New questions in the test, or only new tapes?", times(
-        {"": "new questions", "--hold_out reach": "new tapes"}, ONE_OR_THREE)),
-    "compute": Row("ca", "Is it just compute?", {
-        **ONE_OR_THREE, "--N 1 --layout asasas": "1 pass, three times as deep",
+    **{name: Row("khop", *row) for name, row in ONE_THING.items()},
+    "other_N": Row("khop", "What if N is another one at the test?", {
+        "--N 4": "trained with N = 4", "--N 4 --any_N": "trained with N drawn from 1 to 4"},
+        "lines", (1, 2, 3, 4, 6, 8, 12, 16)),
+    "ca_splits": Row("ca", "Do three passes learn more of Rule 110?", times(
+        {f"--split {x} --seed {x}": f"split and seed {x}" for x in (0, 1, 2)}, ONE_OR_THREE)),
+    "ca_compute": Row("ca", "Is it just compute?", {
+        **ONE_OR_THREE, "--N 1 --steps 1500": "1 pass, three times the steps",
+        "--N 1 --layout asasas": "1 pass, three times as deep",
         "--N 1 --d_model 112": "1 pass, wider", "--N 1 --think 3": "1 pass, 3 over the answers"}),
-    "other_N": Row("ca", "What if N is another one at the test?", {
-        **{f"--N {N}": f"trained with N = {N}" for N in (1, 2, 3, 4)},
-        "--N 4 --any_N": "trained with N drawn from 1 to 4"}, "lines", (1, 2, 3, 4, 6, 8, 12, 16)),
-    "rule": Row("ca", "Does the fast-weight rule matter? (new tapes in the test)", times({
-        "--hold_out reach --update_rule hebbian": "Hebbian",
-        "--hold_out reach --update_rule gated_hebbian": "gated Hebbian (Eq. 3)",
-        "--hold_out reach --update_rule delta": "delta",
-        "--hold_out reach": "gated delta"}, ONE_OR_THREE)),
-    "conv": Row("ca", "What does the short convolution do? (new tapes in the test)", times({
-        "--hold_out reach --conv ''": "none", "--hold_out reach --conv a": "before attention",
-        "--hold_out reach --conv s": "before the SSM (paper)", "--hold_out reach": "before both"},
-        {"--N 1": "1 pass", "--N 1 --steps 1500": "1 pass, 1500 steps", "--N 3": "3 passes"})),
-    "seeds": Row("ca", "Is it stable? (with --seed 0 1 2 3 4)", ONE_OR_THREE),
-    "gradient": Row("ca", "Does the gradient have to reach all passes?", {
-        "--N 3": "3 passes", "--N 3 --detach 2": "3 passes, gradient through the last 2",
-        "--N 1": "1 pass"}),
-    "span": Row("ca", "Is one block enough to loop?", {
-        "--N 3": "3 passes through both blocks", "--N 3 --loop 1 2": "3 passes, SSM block only",
-        "--N 3 --loop 0 1": "3 passes, attention block only", "--N 1": "1 pass"}),
+    "ca_long": Row("ca", "Does a gap survive convergence, at 8 steps of the rule?", {
+        "--t 8 --steps 6000 --N 1": "1 pass, 6,000 steps",
+        "--t 8 --steps 2000 --N 3": "3 passes, 2,000 steps"}),
+    **{f"ca_{name}": Row("ca", *row) for name, row in ONE_THING.items()},
 }
 
 
@@ -115,19 +120,22 @@ EXPERIMENTS = {
 # Algorithm 1 with one thing changed
 
 class Changed(sleep.SleepLM):
-    """A SleepLM with --carry, --think or --detach; hard eviction, all blocks looped."""
+    """A SleepLM with what the flags of this file change; hard eviction, all blocks looped."""
 
-    def __init__(self, cfg, carry, think, detach):
+    def __init__(self, cfg, carry, think, detach, recall, every_pass):
         super().__init__(cfg)
         self.carry, self.think, self.detach = carry, think, detach
+        self.recall, self.every_pass = recall, every_pass
 
     def sleep(self, h, memory, N=None):
         self.check(h, memory, asleep=True)
         N, start, S = self.cfg.N if N is None else N, h, memory.S
         skip = lambda now, then: None if now is None else now.detach() + then - then.detach()
         for n in range(N):
-            if self.detach and n == N - self.detach:           # numbers of now, gradients of then
+            if self.detach and n and n == N - self.detach:     # numbers of now, gradients of then
                 h, S = skip(h, start), [skip(*pair) for pair in zip(S, memory.S)]
+            if self.recall and n:
+                h = F.rms_norm(h, h.shape[-1:]) + start
             refined, written, _ = self.one_pass(h, S, memory.cache, 0, len(self.blocks))
             h = refined if "h" in self.carry else h
             S = written if "S" in self.carry or n == N - 1 else S
@@ -140,6 +148,13 @@ class Changed(sleep.SleepLM):
             h, S, cache = self.one_pass(h, memory.S, memory.cache, 0, len(self.blocks))
         return self.head(self.norm(h)), sleep.Memory(S, cache, awake)
 
+    def forward(self, tokens, targets, N=None, silent=None):
+        N, sleep_and_wake = self.cfg.N if N is None else N, super().forward
+        if not (self.every_pass and torch.is_grad_enabled()):
+            return sleep_and_wake(tokens, targets, N, silent)
+        runs = [sleep_and_wake(tokens, targets, n, silent) for n in range(1, N + 1)]
+        return runs[-1][0], sum(n * loss for n, (_, loss) in enumerate(runs, 1)) * 2 / (N * (N + 1))
+
     def stream(self, tokens, state=None):
         raise ValueError("a changed model does not stream: its sleep begins with a whole window.")
 
@@ -149,7 +164,7 @@ def changed(Task):
     class ChangedTask(Task):
         def __init__(self, args, seed):
             super().__init__(args, seed)
-            change = {flag: getattr(args, flag) for flag in ("carry", "think", "detach")}
+            change = {flag: getattr(args, flag) for flag in OWN if flag != "any_N"}
             said = " ".join(f"--{flag} {value}" for flag, value in change.items())
             if args.carry not in ("hS", "h", "S") or args.think < 1 or args.detach < 0:
                 raise sleep.BadInput(f"{said}: --carry is hS, h or S, --think at least 1, and "
@@ -157,7 +172,7 @@ def changed(Task):
             if args.detach and args.detach >= min(args.N):
                 raise sleep.BadInput(f"--detach {args.detach} must be fewer passes than --N "
                                      f"{min(args.N)}: it would change nothing.")
-            if change != dict(carry="hS", think=1, detach=0):
+            if any(change[flag] != OWN[flag] for flag in change):
                 if args.eviction != "hard" or tuple(args.loop) not in ((), (0, len(args.layout))):
                     raise sleep.BadInput(f"{said}: these take hard eviction and all blocks looped.")
                 self.model = partial(Changed, **change)

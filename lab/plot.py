@@ -17,7 +17,7 @@ import sleep
 TASKS = {                                  # in words: the task, one case of it, its settings
     "ca": ("Cellular automaton", "", dict(rule="rule {}", t="steps asked for: {}", W="{} cells")),
     "khop": ("Hops along a shuffled cycle", "hop", dict(nodes="{} nodes")),
-    "gsm": ("Word problems", "operation", dict(p="numbers modulo {}", ops="up to {} operations")),
+    "gsm": ("Word problems", "read", dict(p="numbers modulo {}", reads="chains of up to {} reads")),
 }
 METRICS = dict(exact="exact: every bit right", bit="bit: share of bits right",
                accuracy="accuracy: share of answers right", loss="loss: cross entropy in nats",
