@@ -17,7 +17,7 @@ remains (hard eviction). An answer takes one pass, whatever N is. N = 1 is the p
   S          S_t        fast weights: S k ~ v                            (B, H, V, K)
   L, N       L, N       window length; passes of a sleep
 
-Read down to the line "The method ends here". Nothing runs on import.
+Read down to the line "The method ends here". `python sleep.py` shows a trained model asleep.
 """
 import math
 from dataclasses import dataclass
@@ -793,4 +793,5 @@ def run_all(name, args, plans, out):
 
 
 if __name__ == "__main__":
-    print(__doc__)
+    from lab import demo                   # a trained model, watched while it sleeps
+    demo.main()
