@@ -30,7 +30,7 @@ import sleep
 import train_ca
 import train_gsm
 import train_khop
-from lab import baselines, benchmark, demo, experiments, film, plot
+from lab import baselines, benchmark, demo, exercises, experiments, film, ladder, plot, solutions
 from sleep import Config, SleepLM
 
 HERE = Path(__file__).parent
@@ -1677,6 +1677,46 @@ def test_a_pass_costs_the_same_flop_every_time_and_an_answer_does_not_pay_for_it
     assert c - b > 3 * B * cells * matrices * 0.99     # forward, and twice that backward
     drawn = experiments.flop(run(3, any_N=True))
     assert a < drawn < c                               # what was really passed
+
+
+def test_the_ladder_climbs_from_a_hebbian_write_to_a_pass_that_buys_a_hop():
+    assert len((HERE / "lab" / "ladder.py").read_text().splitlines()) <= 200
+    found = {step.__name__: step() for step in ladder.STEPS}
+    assert [*found] == "hebbian forgetting delta write_back attention_beside evict loop".split()
+    values = {name: [*shares.values()] for name, shares in found.items()}
+    assert values["hebbian"][0] > 0.95
+    assert values["forgetting"][0] < 0.65 and values["forgetting"][1] > 0.95 < values["delta"][0]
+    two_reads, one_read, slept = values["write_back"]
+    assert min(two_reads, slept) > 0.95 and one_read < 0.15
+    assert values["attention_beside"][0] < 0.65 and values["attention_beside"][1] > 0.95
+    assert values["evict"][0] < 0.15 and values["evict"][1] > 0.95
+    *loops, thrown_away = values["loop"]
+    for N, by_hops in enumerate(loops, 1):             # a pass buys a hop
+        assert min(by_hops[:N]) > 0.95 and max([0, *by_hops[N:]]) < 0.15
+    assert max(thrown_away[2:]) < 0.15                 # without h not more than one
+
+
+def test_every_stub_of_the_exercises_fails_and_every_solution_passes():
+    for number in range(1, 11):
+        assert exercises.grade(number, exercises) == "nothing is written yet."
+        assert exercises.grade(number, solutions) is None, number
+        status, text, err = run(exercises.main, [str(number), "--hint"])
+        assert status == 0 and text.strip() == exercises.HINTS[number - 1]
+    wrong = {                              # answers that a student might give
+        1: dict(room=lambda V, K: V), 2: dict(log_alpha_for_half=lambda L, N: -math.log(2) / L),
+        3: dict(which_replay_repairs=lambda: {"delta", "hebbian"}),
+        4: dict(compose=lambda S, keys, keys2: S), 5: dict(two_tokens=lambda *x: (x[2], x[5])),
+        6: dict(can_depend=lambda eviction, emptied: not emptied),
+        7: dict(sleep_over=lambda model, h, memory, N: model.sleep(h, memory, 1)),
+        8: dict(stream=lambda model, tokens: model(tokens, tokens)[0]),
+        9: dict(sleep_until_still=lambda model, h, memory, *_: (model.sleep(h, memory, 12), 12)),
+        10: dict(Unwritten=sleep.FastWeights)}
+    for number, change in wrong.items():
+        said = exercises.grade(number, SimpleNamespace(**vars(solutions) | change))
+        assert said.startswith(next(iter(change))), (number, said)
+    status, text, err = run(exercises.main, ["3"])
+    assert status == 1 and err == "3, delta: nothing is written yet.\n"
+    assert run(exercises.main, ["11"])[0] == 1 and "10  your own rule" in run(exercises.main, [])[1]
 
 
 @cache

@@ -1,0 +1,364 @@
+"""Ten exercises, in the order of the ladder (python -m lab.ladder). Nothing has to be trained.
+
+    python -m lab.exercises             the list
+    python -m lab.exercises 3           grade number 3: what is wrong, in a sentence
+    python -m lab.exercises 3 --hint    a hint
+
+Write your answers into this file, where NotImplementedError stands. lab/solutions.py has one answer
+to each. Everywhere a key has length 1, beta is 1 and nothing decays, unless it says otherwise.
+"""
+import importlib
+import sys
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+import sleep
+
+
+# ------------------------------------------------------------------------------------------------
+# 1. Write (easy, 10 minutes)
+
+def recalled(v0, v1):
+    """One key is written twice into S = 0, with v0 and then with v1. What is read with that key under
+    the delta rule, and under the Hebbian rule? -> two vectors."""
+    raise NotImplementedError
+
+
+def room(V, K):
+    """How many values, on keys of your choice, can S (V, K) recall without error? -> a number."""
+    raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Forget (easy, 5 minutes)
+
+def log_alpha_for_half(L, N):
+    """Which log_alpha leaves half of S after a window of L tokens was slept over with N passes?"""
+    raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Delta (medium, 20 minutes)
+
+def delta_write(S, k, v, beta):
+    """S (V, K) after one write of v (V,) at k (K,) with strength beta, Gated DeltaNet without decay."""
+    raise NotImplementedError
+
+
+def which_replay_repairs():
+    """Two keys overlap, each is written once; one of them is then recalled wrongly. Which rules recall
+    both without error after both were written again, many times? -> a set of "delta", "hebbian"."""
+    raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Read twice, write back (medium, 15 minutes)
+
+def compose(S, keys, keys2):
+    """S (K, K) maps every key to another key, as the edges of a graph do. Return an S whose read with
+    keys2[i] is what two reads give, S (S keys[i]), and with keys[i] what it was. keys, keys2 (n, K)
+    are all orthogonal; write with delta_write or with sleep.gated_delta_rule."""
+    raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Many tokens at once (hard, 40 minutes)
+
+def two_tokens(q, k, v, log_alpha, beta, S):
+    """sleep.gated_delta_rule for exactly two tokens, without a loop over them: q, k (2, K), v (2, V),
+    log_alpha, beta (2,), S (V, K) -> o (2, V) and the new S. No state in between may be formed."""
+    raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Evict (easy, 15 minutes)
+
+def evict(memory, eviction, L):
+    """SleepLM.evict: a sleep.Memory -> the one after eviction, "hard" or "sliding". A cache entry of
+    a block is a tuple of tensors (..., tokens, numbers)."""
+    raise NotImplementedError
+
+
+def can_depend(eviction, S_emptied):
+    """Can an answer still depend on a token of the window before, if eviction is so, and if S was
+    emptied as well (S_emptied)? -> bool"""
+    raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Sleep (medium, 20 minutes)
+
+def sleep_over(model, h, memory, N):
+    """SleepLM.sleep for hard eviction and all blocks looped, with model.one_pass and model.evict."""
+    raise NotImplementedError
+
+
+def passes_in_all(T, L, M, N):
+    """How many passes through the blocks does SleepLM.forward make for T tokens in windows of L, if
+    the last M positions predict, with N passes a sleep? -> a number"""
+    raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. Stream (hard, 30 minutes)
+
+def stream(model, tokens):
+    """Logits (B, T, vocab) for tokens (B, T) that arrive one at a time; after every L of them the model
+    sleeps, from the S before this window. With model.embed, wake, sleep, empty_memory, cfg.L only."""
+    raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. When to wake (medium, 20 minutes)
+
+def sleep_until_still(model, h, memory, threshold, most):
+    """Sleep until a pass moves h by less than `threshold` of its length, |h_new - h| / |h_new|, or
+    for `most` passes. Hard eviction. -> the memory, and the number of passes."""
+    raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------------
+# 10. Your own rule, your own task (hard, 60 minutes)
+
+class Unwritten(sleep.FastWeights):
+    """A layer in which a token with a negative first component of x is not written: beta is 0 for it,
+    and alpha 1. x, q, k, v, S as in FastWeights.write_and_read."""
+
+    def write_and_read(self, x, q, k, v, S):
+        raise NotImplementedError
+
+
+class Majority:
+    """A task as sleep.main wants it: a window of args.L bits, 0 and 1 (L odd), then a separator, 2;
+    the answer, at the separator, is the commoner bit. Everything else is listed in sleep.py."""
+    name, vocab_size = "majority", 3
+
+    def __init__(self, args, seed):
+        raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------------
+# Grading: below this line nothing has to be written
+
+TITLES = ("write", "forget", "delta", "read twice, write back", "many tokens at once", "evict", "sleep",
+          "stream", "when to wake", "your own rule, your own task")
+HINTS = (
+    "S k is the sum of all v (k_i . k). And how many orthogonal keys have room in K dimensions?",
+    "Every pass decays S once more at every token.",
+    "v - S k is what S lacks at k. What does the Hebbian rule do to an error when it writes again?",
+    "First read everything twice, then write: a write may change what the next read finds. Keys that are "
+    "orthogonal do not disturb each other.",
+    "Write o_1 and u_1 first, with S alone; u is what is written at a key. Then u_2 = beta_2 (v_2 - what S, "
+    "decayed twice, and u_1, decayed once, recall at k_2). sleep.gated_delta_rule_chunked says the same.",
+    "sleep.latest takes the last n tokens. What crosses an eviction, besides S?",
+    "Line 7 of Algorithm 1: h and S come out of a pass and go into the next one; the cache does not.",
+    "Two memories: the one before the window, and the one of now. A sleep begins from the first.",
+    "The loop of exercise 7, and a distance. The last pass that was made counts.",
+    "beta times a mask, log_alpha times a mask; super() is of no use. README.md shows a whole task.")
+
+
+class Wrong(Exception):
+    """The sentence that a student reads."""
+
+
+def must(true, sentence):
+    if not true:
+        raise Wrong(sentence)
+
+
+def near(a, b, tolerance=1e-4):
+    return (isinstance(a, torch.Tensor) and a.shape == b.shape
+            and torch.allclose(a, b, rtol=tolerance, atol=tolerance))
+
+
+def tiny(N=2, **change):
+    torch.manual_seed(0)
+    model = sleep.SleepLM(sleep.Config(3, **dict(T=35, L=8, N=N, layout="as", d_model=16, n_head=2) | change))
+    torch.nn.init.normal_(model.head.weight)               # born as zeros: every answer would be alike
+    return model.requires_grad_(False)
+
+
+def same_memory(a, b):
+    return (isinstance(a, sleep.Memory) and a.awake == b.awake and all(
+        near(x, y) for x, y in zip(a.S, b.S) if y is not None) and all(
+        near(x, y) for i, j in zip(a.cache, b.cache) for x, y in zip(i, j)))
+
+
+def check_1(m):
+    v0, v1 = torch.randn(2, 5)
+    delta, hebbian = m.recalled(v0, v1)
+    must(near(delta, v1), "recalled: the delta rule does not recall that.")
+    must(near(hebbian, v0 + v1), "recalled: the Hebbian rule does not recall that.")
+    must((m.room(5, 8), m.room(8, 3)) == (8, 3), "room: S (5, 8) and S (8, 3) have room for other numbers.")
+
+
+def check_2(m):
+    for L, N in ((24, 1), (24, 3), (7, 5)):
+        left = 1.0
+        for _ in range(L * N):
+            left *= float(torch.as_tensor(m.log_alpha_for_half(L, N)).exp())
+        must(abs(left - 0.5) < 1e-3, f"log_alpha_for_half: L = {L}, N = {N} leaves {left:.3f} of S, not 0.5.")
+
+
+def check_3(m):
+    S, k, v = torch.randn(5, 4), F.normalize(torch.randn(4), dim=0), torch.randn(5)
+    for beta in (0.0, 0.3, 1.0):
+        x = [y[None, None, None] for y in (k, k, v)] + [torch.zeros(1, 1, 1), torch.full((1, 1, 1), beta)]
+        wanted = sleep.gated_delta_rule(*x, S[None, None])[1][0, 0]
+        must(near(m.delta_write(S, k, v, beta), wanted), f"delta_write: wrong for beta = {beta}.")
+    must(m.which_replay_repairs() == {"delta"}, "which_replay_repairs: try it; one rule adds the same errors "
+         "again, one corrects what is left of them.")
+
+
+def check_4(m):
+    keys = torch.linalg.qr(torch.randn(8, 8))[0]
+    first, second = keys[:4], keys[4:]
+    S = first.roll(-1, 0).T @ first                        # a cycle of four keys
+    new = m.compose(S, first, second)
+    must(isinstance(new, torch.Tensor) and new.shape == S.shape, "compose: return the new S (K, K).")
+    must(near(new @ second.T, S @ S @ first.T), "compose: keys2 do not recall what two reads give.")
+    must(near(new @ first.T, S @ first.T), "compose: keys no longer recall what they did.")
+
+
+def check_5(m):
+    x = torch.randn(2, 4), F.normalize(torch.randn(2, 4), dim=-1), torch.randn(2, 3)
+    gates, S = (-torch.rand(2), torch.rand(2)), torch.randn(3, 4)
+    calls = []
+    rules = sleep.gated_delta_rule, sleep.gated_delta_rule_chunked
+    try:
+        sleep.gated_delta_rule = sleep.gated_delta_rule_chunked = lambda *a, **b: calls.append(1)
+        found = m.two_tokens(*x, *gates, S)
+    finally:
+        sleep.gated_delta_rule, sleep.gated_delta_rule_chunked = rules
+    must(not calls, "two_tokens: write it without the rules of sleep.py.")
+    o, new = rules[0](*(y[None, None] for y in (*x, *gates)), S[None, None])
+    must(isinstance(found, tuple) and len(found) == 2, "two_tokens: return o and S.")
+    must(near(found[0][:1], o[0, 0, :1]), "two_tokens: the first output is wrong.")
+    must(near(found[0], o[0, 0]), "two_tokens: the second output is wrong.")
+    must(near(found[1], new[0, 0]), "two_tokens: S is wrong.")
+
+
+def check_6(m):
+    for eviction in ("hard", "sliding"):
+        model = tiny(eviction=eviction)
+        memory = model.wake(model.embed(torch.randint(3, (2, 8))), model.empty_memory(2))[1]
+        must(same_memory(m.evict(memory, eviction, 8), model.evict(memory)),
+             f"evict: {eviction} eviction leaves another memory (S, the tokens in each cache, awake).")
+    for eviction, emptied in (("hard", False), ("hard", True), ("sliding", False), ("sliding", True)):
+        must(m.can_depend(eviction, emptied) == (not emptied or eviction == "sliding"),
+             f"can_depend: not so for {eviction} eviction with S {'emptied' if emptied else 'kept'}.")
+
+
+def check_7(m):
+    for N in (1, 2, 5):
+        model = tiny(layout="asas")
+        h = model.embed(torch.randint(3, (2, 8)))
+        memory = model.sleep(model.embed(torch.randint(3, (2, 8))), model.empty_memory(2), 1)
+        must(same_memory(m.sleep_over(model, h, memory, N), model.sleep(h, memory, N)),
+             f"sleep_over: with N = {N} the memory is not that of SleepLM.sleep.")
+    for T, L, M, N in ((35, 16, 3, 1), (35, 16, 3, 4), (32, 16, 3, 4), (35, 16, 20, 4), (16, 16, 1, 9)):
+        model, count = tiny(L=L, T=T), []
+        one_pass = model.one_pass
+        model.one_pass = lambda *args: (count.append(1), one_pass(*args))[1]
+        model(torch.randint(3, (1, T)), torch.randint(3, (1, M)), N)
+        must(m.passes_in_all(T, L, M, N) == len(count),
+             f"passes_in_all: T = {T}, L = {L}, M = {M}, N = {N} takes another number of passes.")
+
+
+def check_8(m):
+    for N, eviction in ((1, "hard"), (3, "hard"), (2, "sliding")):
+        model, tokens = tiny(N, eviction=eviction), torch.randint(3, (2, 35))
+        found = m.stream(model, tokens)
+        must(near(found, model.stream(tokens)[0]), f"stream: other logits than SleepLM.stream for N = {N}, "
+             f"{eviction} eviction, at token {first_difference(found, model.stream(tokens)[0])} or before.")
+
+
+def first_difference(a, b):
+    if not isinstance(a, torch.Tensor) or a.shape != b.shape:
+        return 0
+    return ((a - b).abs().amax((0, 2)) > 1e-4).int().argmax().item()
+
+
+def check_9(m):
+    model = tiny()
+    h, memory = model.embed(torch.randint(3, (2, 8))), model.empty_memory(2)
+    distances, x, S = [], h, memory.S
+    for _ in range(12):
+        new, S, _ = model.one_pass(x, S, memory.cache, 0, 2)
+        distances.append(((new - x).norm() / new.norm()).item())
+        x = new
+    for threshold in (2.0, 0.5, 0.2, 0.0):
+        N = next((i + 1 for i, moved in enumerate(distances) if moved < threshold), 12)
+        found = m.sleep_until_still(model, h, memory, threshold, 12)
+        must(isinstance(found, tuple) and found[1] == N, f"sleep_until_still: threshold {threshold} should "
+             f"take {N} passes here; h moves by {', '.join(f'{x:.2f}' for x in distances)}.")
+        must(same_memory(found[0], model.sleep(h, memory, N)), "sleep_until_still: the memory is not that of "
+             f"a sleep of {N} passes.")
+
+
+def check_10(m):
+    torch.manual_seed(0)
+    cfg = sleep.Config(3, 16, 8, layout="s", d_model=8, n_head=2)
+    layer = m.Unwritten(cfg)
+    x, S = torch.randn(1, 9, 8), torch.randn(1, 2, 4, 4)
+    write = x[0, :, 0] >= 0
+    q, k, v = (F.normalize(torch.randn(1, 2, 9, 4), dim=-1) for _ in range(3))
+    o, new = layer.write_and_read(x, q, k, v, S)
+    kept = sleep.FastWeights.write_and_read(layer, x[:, write], q[:, :, write], k[:, :, write], v[:, :, write], S)
+    must(near(new, kept[1]), "Unwritten: S is not what the written tokens alone leave.")
+    must(near(o[:, :, write], kept[0]), "Unwritten: written tokens read something else.")
+    must(o.shape == v.shape and not near(o[:, :, ~write], 0 * o[:, :, ~write]),
+         "Unwritten: a token that is not written still reads.")
+    args = SimpleNamespace(L=9, batch_size=300, device="cpu", steps=1)
+    task, other = m.Majority(args, 0), m.Majority(args, 1)
+    tokens, targets = task.make_batch(4)
+    must(tokens.shape == (300, 10) and targets.shape == (300, 1) and task.T == 10,
+         "Majority: tokens are (batch, L + 1), targets (batch, 1), T = L + 1.")
+    must((tokens[:, -1] == 2).all() and (tokens[:, :-1] < 2).all() and tokens[:, :-1].float().std() > 0.4,
+         "Majority: random bits, then the separator 2.")
+    must(torch.equal(targets[:, 0], (tokens[:, :-1].sum(1) > 4).long()), "Majority: another bit is commoner.")
+    must(torch.equal(tokens, task.make_batch(4)[0]) and not torch.equal(tokens, task.make_batch(5)[0])
+         and not torch.equal(tokens, other.make_batch(4)[0]) and torch.equal(task.test[0], other.test[0]),
+         "Majority: a batch depends on seed and step alone, the test on neither.")
+    logits = F.one_hot(targets, 3).float()
+    right, half = task.score(tokens, targets, logits), task.score(tokens, targets, 0 * logits)
+    must(right["accuracy"] == 1 and abs(half["accuracy"] - 0.5) < 0.15 and
+         0.45 < task.chance["accuracy"] < 0.6, "Majority: score and chance are dict(accuracy=...).")
+
+
+CHECKS = (check_1, check_2, check_3, check_4, check_5, check_6, check_7, check_8, check_9, check_10)
+
+
+def grade(number, module):
+    """None if exercise `number` (1 to 10) is right in this module, else what is wrong."""
+    torch.manual_seed(number)
+    try:
+        CHECKS[number - 1](module)
+    except NotImplementedError:
+        return "nothing is written yet."
+    except Wrong as e:
+        return str(e)
+    except Exception as e:                 # a student's code may raise anything
+        return f"it raises {type(e).__name__}: {e}"
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        print(f"{__doc__}\n" + "\n".join(f"  {i:2}  {title}" for i, title in enumerate(TITLES, 1)))
+        return
+    if not argv[0].isdigit() or not 1 <= int(argv[0]) <= len(CHECKS) or argv[1:] not in ([], ["--hint"]):
+        sys.exit(f"exercises.py: say a number from 1 to {len(CHECKS)}, and --hint if you like.")
+    number = int(argv[0])
+    if argv[1:]:
+        return print(HINTS[number - 1])
+    wrong = grade(number, importlib.import_module("lab.exercises"))
+    if wrong:
+        sys.exit(f"{number}, {TITLES[number - 1]}: {wrong}")
+    print(f"{number}, {TITLES[number - 1]}: right.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""One solution to each exercise of lab/exercises.py."""
+import math
+
+import torch
+import torch.nn.functional as F
+
+import sleep
+
+
+# 1. The delta rule replaces, the Hebbian rule adds. As many orthogonal keys as keys have dimensions.
+
+def recalled(v0, v1):
+    return v1, v0 + v1
+
+
+def room(V, K):
+    return K
+
+
+# 2. L * N tokens pass, and every one decays S.
+
+def log_alpha_for_half(L, N):
+    return -math.log(2) / (L * N)
+
+
+# 3. A second delta write corrects what the first left; a Hebbian one adds the same overlap again.
+
+def delta_write(S, k, v, beta):
+    return S + beta * torch.outer(v - S @ k, k)
+
+
+def which_replay_repairs():
+    return {"delta"}
+
+
+# 4. Replay does not compose; reading twice and writing under another key does.
+
+def compose(S, keys, keys2):
+    for key, value in zip(keys2, (S @ S @ keys.T).T):
+        S = delta_write(S, key, value, 1.0)
+    return S
+
+
+# 5. c is the running sum of log_alpha: e^c is what is left of S.
+
+def two_tokens(q, k, v, log_alpha, beta, S):
+    c1, c2 = log_alpha[0], log_alpha[0] + log_alpha[1]
+    u1 = beta[0] * (v[0] - c1.exp() * S @ k[0])
+    u2 = beta[1] * (v[1] - c2.exp() * S @ k[1] - (c2 - c1).exp() * u1 * (k[0] @ k[1]))
+    o1 = c1.exp() * S @ q[0] + u1 * (k[0] @ q[0])
+    o2 = c2.exp() * S @ q[1] + (c2 - c1).exp() * u1 * (k[0] @ q[1]) + u2 * (k[1] @ q[1])
+    return torch.stack([o1, o2]), (c2.exp() * S + (c2 - c1).exp() * torch.outer(u1, k[0])
+                                   + torch.outer(u2, k[1]))
+
+
+# 6. Hard eviction: only S crosses. Sliding: the last L - 1 tokens do, too.
+
+def evict(memory, eviction, L):
+    keep = 0 if eviction == "hard" else L - 1
+    return sleep.Memory(memory.S, [tuple(sleep.latest(x, keep) for x in c) for c in memory.cache], 0)
+
+
+def can_depend(eviction, S_emptied):
+    return eviction == "sliding" or not S_emptied
+
+
+# 7. Windows in which nothing is predicted sleep, N passes each; the others take one.
+
+def sleep_over(model, h, memory, N):
+    S = memory.S
+    for _ in range(N):
+        h, S, _ = model.one_pass(h, S, memory.cache, 0, len(model.blocks))
+    return model.evict(sleep.Memory(S, memory.cache, 0))
+
+
+def passes_in_all(T, L, M, N):
+    windows, asleep = math.ceil(T / L), (T - M) // L
+    return asleep * N + windows - asleep
+
+
+# 8. The S of the window's tokens, read awake, is thrown away: the sleep begins before them.
+
+def stream(model, tokens):
+    now = before = model.empty_memory(len(tokens))
+    window, logits = [], []
+    for h in model.embed(tokens).split(1, 1):
+        out, now = model.wake(h, now)
+        logits.append(out)
+        window.append(h)
+        if len(window) == model.cfg.L:
+            now = before = model.sleep(torch.cat(window, 1), before)
+            window = []
+    return torch.cat(logits, 1)
+
+
+# 9. A sleep that stops by itself.
+
+def sleep_until_still(model, h, memory, threshold, most):
+    S = memory.S
+    for n in range(1, most + 1):
+        new, S, _ = model.one_pass(h, S, memory.cache, 0, len(model.blocks))
+        moved, h = (new - h).norm() / new.norm(), new
+        if moved < threshold:
+            break
+    return model.evict(sleep.Memory(S, memory.cache, 0)), n
+
+
+# 10. The gates of FastWeights, with a mask; and a task.
+
+class Unwritten(sleep.FastWeights):
+    def write_and_read(self, x, q, k, v, S):
+        written = (x[..., 0] >= 0)[:, None]                                    # (B, 1, T)
+        a, b = self.ab(x).transpose(1, 2).chunk(2, 1)
+        log_alpha = -self.A_log.exp()[:, None] * F.softplus(a + self.dt_bias[:, None])
+        return sleep.gated_delta_rule_chunked(q, k, v, log_alpha * written, b.sigmoid() * written, S)
+
+
+class Majority:
+    name, vocab_size = "majority", 3
+
+    def __init__(self, args, seed):
+        self.args, self.seed, self.T = args, seed, args.L + 1
+        self.test = self.make_batch(-1)
+        ones = self.test[1].float().mean().item()
+        self.chance = dict(accuracy=max(ones, 1 - ones))
+
+    def make_batch(self, step):
+        g = torch.Generator(self.args.device).manual_seed(
+            0 if step < 0 else self.seed * 10 ** 9 + step + 1)
+        bits = torch.randint(2, (self.args.batch_size, self.args.L), generator=g, device=g.device)
+        commoner = (2 * bits.sum(1, keepdim=True) > self.args.L).long()
+        return torch.cat([bits, torch.full_like(commoner, 2)], 1), commoner
+
+    def score(self, tokens, targets, logits):
+        return dict(accuracy=(logits.argmax(-1) == targets).float().mean().item())
