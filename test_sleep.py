@@ -674,12 +674,12 @@ def test_no_lookup_answers_the_test_of_rule_110_and_an_easier_one_is_found_out()
     train = baselines.network
     with patched(baselines, "network", few):
         for split in range(3):
-            for baseline, got in baselines.ca(["--split", str(split)]).items():
+            for baseline, got in baselines.ca(tapes(f"--split {split}")).items():
                 assert got["bit"] < 0.7 and got["exact"] < 0.5, (split, baseline, got)
         eleven = sum(1 << i for i in (12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6))    # cell -4, too
         by_lattice = lambda self, tape: ((tape & eleven) * 2654435761 & (2 ** 32 - 1)) < 2 ** 29
         with patched(train_ca.Tapes, "held_out", by_lattice):
-            easy = baselines.ca([])
+            easy = baselines.ca(tapes())
         assert easy["best lookup that forgets one cell of the ring"]["bit"] > 0.95
 
 
@@ -1114,7 +1114,7 @@ def test_no_shortcut_finds_the_answer():
 
 
 def test_in_the_cpu_preset_a_reader_of_two_sentences_guesses_at_a_chain_of_three():
-    right = baselines.gsm(["--preset", "cpu", "--data", problem_folder().name])
+    right = baselines.gsm(problems("--preset cpu"))
     guess = right.pop("best constant")["accuracy"]
     for reads, by_depth in enumerate(x["accuracy"] for x in right.values()):   # 0: none, a count
         for depth in range(1, 5):          # 500 problems each: sigma .016; what is told is often short

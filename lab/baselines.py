@@ -17,17 +17,11 @@ import train_ca
 import train_gsm
 
 
-def task_of(module, Task, argv):
-    args = sleep.parse(module.__doc__, module.PRESETS, module.FLAGS, argv)[1]
-    return Task(args, args.seed[0])
-
-
 # ------------------------------------------------------------------------------------------------
 # Rule 110
 
-def ca(argv):
-    """{baseline: metrics on the test} of Rule 110."""
-    task = task_of(train_ca, train_ca.Tapes, argv)
+def ca(task):
+    """{baseline: metrics on the test} of Rule 110, a train_ca.Tapes."""
     if task.W > 20:
         raise sleep.BadInput(f"--W {task.W}: the lookups list all tapes, so take 20 cells at most.")
     every = torch.arange(1 << task.W)
@@ -109,9 +103,9 @@ def resolve(asked, sentences, p, reads):
     return factor * total % p if said and said != ["unknown"] else None
 
 
-def gsm(argv):
-    """{baseline: {depth: accuracy}} of the word problems; who cannot tell takes the commonest number."""
-    task = task_of(train_gsm, train_gsm.Problems, argv)
+def gsm(task):
+    """{baseline: {depth: accuracy}} of word problems, a train_gsm.Problems; a reader who cannot tell
+    takes the commonest number."""
     tokens, targets, depths = task.test
     answers, right = targets[targets >= 0].tolist(), {}
     for row, answer, depth in zip(tokens, answers, depths.flatten().abs().tolist()):
@@ -134,8 +128,11 @@ def main(argv=None):
     if name not in ("ca", "gsm"):
         print(__doc__)
         sys.exit(0 if name in ("-h", "--help") else 2)
+    module, Task, baselines = dict(ca=(train_ca, train_ca.Tapes, ca),
+                                   gsm=(train_gsm, train_gsm.Problems, gsm))[name]
+    args = sleep.parse(module.__doc__, module.PRESETS, module.FLAGS, rest)[1]
     try:
-        for baseline, metrics in dict(ca=ca, gsm=gsm)[name](rest).items():
+        for baseline, metrics in baselines(Task(args, args.seed[0])).items():
             print(f"{baseline:60} {sleep.line(metrics)}")
     except sleep.BadInput as e:
         print(f"baselines.py: {e}", file=sys.stderr)
