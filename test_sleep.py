@@ -30,7 +30,8 @@ import sleep
 import train_ca
 import train_gsm
 import train_khop
-from lab import baselines, benchmark, demo, exercises, experiments, film, ladder, plot, solutions
+from lab import (baselines, benchmark, demo, exercises, experiments, figures, film, ladder, plot,
+                 solutions)
 from sleep import Config, SleepLM
 
 HERE = Path(__file__).parent
@@ -670,8 +671,7 @@ def test_a_held_out_pattern_has_trained_twins_in_every_cell_as_often_as_chance_w
 
 
 def test_no_lookup_answers_the_test_of_rule_110_and_an_easier_one_is_found_out():
-    few = lambda *args: train(*args, steps=20)         # whatever it learns
-    train = baselines.network
+    few, train = lambda *args: train(*args, steps=20), baselines.network       # whatever it learns
     with patched(baselines, "network", few):
         for split in range(3):
             for baseline, got in baselines.ca(tapes(f"--split {split}")).items():
@@ -1717,6 +1717,25 @@ def test_every_stub_of_the_exercises_fails_and_every_solution_passes():
     status, text, err = run(exercises.main, ["3"])
     assert status == 1 and err == "3, delta: nothing is written yet.\n"
     assert run(exercises.main, ["11"])[0] == 1 and "10  your own rule" in run(exercises.main, [])[1]
+
+
+def test_a_figure_of_the_paper_says_its_cost_then_runs_its_share_and_is_drawn():
+    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
+        short = "--preset cpu --device cpu --share 0.002 --batch_size 4 --d_model 16"
+        guess = lambda cells, label, trained: label[trained].mode()[0].expand(len(cells))
+        for name, few in (("2b", "--W 8 --L 8 --t 2"), ("3", "--nodes 7 --L 14 --queries 2")):
+            with patched(baselines, "network", guess):
+                status, text, err = run(figures.main, shlex.split(f"{name} {short} {few}"))
+            assert status == 0 and "PFLOP" in text and "The paper:" in text, err
+        assert run(figures.main, shlex.split(f"3 {short} --cost"))[0] == 0
+        made = sorted(path.suffix for path in Path("out/experiments").glob("figure-*"))
+        assert made == [".json", ".json", ".png", ".png"]
+        for words, command in (("figures 2a, 2b", "7"), ("a share", "3 --share 2"), ("takes no --N", "3 --N 2")):
+            status, _, err = run(figures.main, shlex.split(command))
+            assert status == 2 and words in err, (command, err)
+    for name, f in figures.FIGURES.items():            # every condition of both sizes makes a model
+        for preset, row in f.rows.items():
+            assert experiments.plan(row, ["--preset", preset, "--device", "cpu"], name)
 
 
 @cache

@@ -246,21 +246,27 @@ def baseline(task, settings):
     return dict(words=f"best without sleep: {words}", **found[words])
 
 
-def experiment(name, argv):
-    """Run what is missing of an experiment, then write its runs to one file and draw them."""
-    row = EXPERIMENTS[name]
+def plan(row, argv, name):
+    """(condition, args, command line, folder) of each; BadInput before anything is trained."""
     tests = ["--N_test", *map(str, row.N_test)] if row.N_test else []
     own = {"--out", "--resume", *tests[:1], *re.findall(r"--\w+", " ".join(row.conditions))}
     if taken := own & {flag.split("=")[0] for flag in argv}:
         raise sleep.BadInput(f"{name} takes no {' '.join(sorted(taken))}: it sets that itself.")
     doc, presets, flags, Task = load_task(row.task)
-    todo, runs = [], []
-    for condition in row.conditions:       # refuse before anything is trained
+    todo = []
+    for condition in row.conditions:
         line = ["--preset", "cpu", *argv, *shlex.split(condition), *tests]
         args = sleep.parse(doc, presets, flags, line)[1]
         default = sleep.parse(doc, presets, flags, ["--preset", args.preset])[1]
         sleep.plan(args, Task)
         todo.append((condition, args, line, folder(row.task, args, default)))
+    return todo
+
+
+def run(row, argv, name, draw):
+    """Run what is missing of an experiment, write its runs to one file, and draw them."""
+    todo, runs = plan(row, argv, name), []
+    doc, presets, flags, Task = load_task(row.task)
     for condition, args, line, out in todo:
         print(f"\n{name}: {row.conditions[condition]} ({condition})")
         try:
@@ -276,11 +282,11 @@ def experiment(name, argv):
         of_task = tuple((flag, json.dumps(getattr(args, flag))) for flag in sorted(task_flags))
         more = dict(flags=condition, label=row.conditions[condition], baseline=baseline(row.task, of_task),
                     tflop=flop(group[0]) * group[0]["steps"] / 1e12)
-        runs += [run | more for run in group]
+        runs += [one | more for one in group]
     out = FOLDER / re.sub("[^a-zA-Z0-9_.]+", "-", " ".join([name, *argv])).strip("-")
     json_file, png = (out.with_name(out.name + end) for end in (".json", ".png"))
     sleep.write(json_file, lambda p: p.write_text(json.dumps(dict(runs=runs), indent=1)))
-    PICTURES[row.picture](runs, row, png)
+    draw(runs, row, png)
     print(f"\n{row.question}")
     metric = next(iter(runs[0]["chance"]))
     for label, group in by_label(runs).items():
@@ -427,7 +433,8 @@ def main(argv=None):
         sys.exit(2)
     else:
         try:
-            experiment(argv[0], argv[1:])
+            row = EXPERIMENTS[argv[0]]
+            run(row, argv[1:], argv[0], PICTURES[row.picture])
         except sleep.BadInput as e:
             print(f"experiments.py: {e}", file=sys.stderr)
             sys.exit(2)
