@@ -493,6 +493,7 @@ def begin(task, cfg, settings, path):
     model = getattr(task, "model", SleepLM)(cfg).to(device)
     model.bf16 = device == "cuda"
     torch.set_float32_matmul_precision("high" if model.bf16 else "highest")    # TF32 on CUDA
+    torch.backends.cuda.enable_cudnn_sdp(False)        # its backward pass has had NaN bugs
     optimizers = make_optimizers(model, settings["lr_muon"], settings["lr_adamw"])
     cpu = f"{device}, {torch.get_num_threads()} threads"
     if not path.exists():
@@ -561,9 +562,9 @@ def make_optimizers(model, lr_muon, lr_adamw):
 def make_gradients(model, compile, recompute):
     """-> f(tokens (B, T), targets (B, M), N), the loss; its gradients are then in p.grad.
 
-    compile: fuse every block. On CUDA also record a step as one CUDA graph and replay it; the loss
-    is a buffer that the next call overwrites. recompute: keep only h and S of a pass, and run it
-    again in the backward pass (no CUDA graph then: it would keep memory for each kind of batch).
+    compile: fuse every block. recompute: keep only h and S of a pass, and run it again in the
+    backward pass. Else, on CUDA, a step is recorded as one CUDA graph for each kind of batch and
+    replayed: the loss is then a buffer that the next call overwrites. BadInput if it cannot be.
     """
     if compile:
         torch._dynamo.config.recompile_limit = 64      # one graph for each shape and kind of call
@@ -579,7 +580,7 @@ def make_gradients(model, compile, recompute):
         loss.backward()
         return loss.detach()
 
-    if recompute or not compile or not model.head.weight.is_cuda:
+    if recompute or not model.head.weight.is_cuda:
         return eager
     graphs, side, pool = {}, torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
@@ -591,18 +592,20 @@ def make_gradients(model, compile, recompute):
             inputs = tokens.clone(), targets.clone()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                for _ in range(3):                     # compile, and settle all libraries
-                    eager(*inputs, N, silent)
+                losses = [eager(*inputs, N, silent).item() for _ in range(3)]  # settles libraries
             torch.cuda.current_stream().wait_stream(side)
-            # The graph makes gradients of its own, since p.grad is None before it. All graphs share
-            # memory: only the gradients of the latest replay are ever read.
+            if not math.isclose(losses[1], losses[2], rel_tol=1e-3):
+                raise BadInput("a pass of this model is random, a graph is not: add --recompute.")
+            # p.grad is None before it, so its gradients are its own, good until the next replay.
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=side):
-                loss = eager(*inputs, N, silent)
+            try:
+                with torch.cuda.graph(graph, pool=pool, stream=side):
+                    loss = eager(*inputs, N, silent)
+            except RuntimeError as e:      # a pass that looks at its numbers, or too little memory
+                raise BadInput(f"no CUDA graph of a step ({e}): add --recompute.") from None
             graphs[key] = graph, inputs, loss, [p.grad for p in model.parameters()]
         graph, inputs, loss, grads = graphs[key]
-        for old, new in zip(inputs, (tokens, targets)):
-            old.copy_(new)
+        torch._foreach_copy_(inputs, (tokens, targets))
         graph.replay()
         for p, grad in zip(model.parameters(), grads):
             p.grad = grad

@@ -30,8 +30,8 @@ import sleep
 import train_ca
 import train_gsm
 import train_khop
-from lab import (baselines, benchmark, demo, exercises, experiments, figures, film, ladder, plot,
-                 solutions)
+from lab import (baselines, benchmark, demo, exercises, experiments, figures, film, gpu_check, ladder,
+                 plot, solutions)
 from sleep import Config, SleepLM
 
 HERE = Path(__file__).parent
@@ -1535,26 +1535,23 @@ def test_an_error_of_the_program_is_not_shown_as_bad_input():
     raise AssertionError("the fault was hidden")
 
 
-def test_a_cuda_graph_replays_the_gradients_of_the_eager_step():
-    if not torch.cuda.is_available():
-        return print("      (no CUDA here: nothing to replay)")
-    task = train_ca.Tapes(settings(train_ca, "--preset cpu --device cuda"), 0)
-    batches = [[x[:n] for x in task.make_batch(step)] for step, n in enumerate((256, 64, 256, 256))]
-    for again in (False, True):
-        results = []
-        for compile in (False, True):
-            torch.manual_seed(0)
-            model = SleepLM(Config(3, task.T, 16, 2, "as", 64, 2)).cuda()
-            torch.nn.init.normal_(model.head.weight)
-            f = sleep.make_gradients(model, compile, again)
-            for step, batch in enumerate(batches):     # two shapes; the last step thaws a block
-                model.blocks[0].requires_grad_(step == 3)
-                loss = f(*batch, None)
-                results.append([loss.clone()] + [torch.zeros(1) if p.grad is None else p.grad.clone()
-                                                 for p in model.parameters()])
-        for eager, replayed in zip(results[:4], results[4:]):
-            for a, b in zip(eager, replayed):
-                close(b, a, 1e-3)
+def test_a_step_as_it_is_trained_has_the_gradients_of_the_plain_step():
+    status, text, err = run(gpu_check.main, [] if torch.cuda.is_available() else ["--no_compile"])
+    assert status == 0 and "good: what is trained here" in text, err
+    make = sleep.make_gradients            # and a fault is found
+
+    def forgetful(model, compile, recompute):
+        f = make(model, compile, recompute)
+
+        def g(*args):
+            loss = f(*args)
+            if not recompute:
+                model.blocks[1].mixer.k.weight.grad *= 1.1
+            return loss
+        return g
+    with patched(sleep, "make_gradients", forgetful):
+        status, text, err = run(gpu_check.main, ["--no_compile"])
+    assert status == 1 and "not good: hard eviction" in err and "mixer.k.weight" in text
 
 
 def test_a_script_refuses_bad_input_in_one_line_with_status_2():
@@ -1562,14 +1559,14 @@ def test_a_script_refuses_bad_input_in_one_line_with_status_2():
             ("--N [0] must be", "--N 0"), ("--N [5000]", "--N 5000"), ("--L 0 must divide", "--L 0"),
             ("must divide", "--L 9"), ("layout 'abc'", "--layout abc"), ("invalid choice", "--preset x"),
             ("multiple of", "--d_model 62 --n_head 4"), ("--rule 256", "--rule 256"),
-            ("8 to 60 cells", "--W 4 --L 4"), ("0 to 10,000", "--t 99999"), ("--steps 0", "--steps 0"),
+            ("8 to 60 cells", "--W 4 --L 4"), ("0 to 1,000", "--t 99999"), ("--steps 0", "--steps 0"),
             ("--lr_muon -1", "--lr_muon -1"), ("--lr_adamw nan", "--lr_adamw nan"),
             ("--batch_size 0", "--batch_size 0"), ("--eval_every -1", "--eval_every -1"),
             ("invalid int", "--t three"), ("unrecognized", "--bogus"), ("unrecognized", "--step 3"),
             ("device 'tpu'", "--device tpu"), ("cannot be made", f"--out {__file__}"),
             ("cannot be made", f"--out {__file__}/x"), ("update_rule", "--update_rule oja"),
             ("--N_test [-1]", "--N_test -1"), ("--warmup 500", "--warmup 500"),
-            ("loop (1,)", "--loop 1"), ("loop (1, 5)", "--loop 1 5"), ("--hold_out some", "--hold_out some"),
+            ("loop (1,)", "--loop 1"), ("loop (1, 5)", "--loop 1 5"), ("--split 1000", "--split 1000"),
             ("--cooldown 2.0", "--cooldown 2"), ("--seed [0, 99999999999]", "--seed 0 99999999999"),
             *([] if torch.cuda.is_available() else [("no device 'cuda'", "--device cuda")])):
         status, _, err = script(train_ca, f"--device cpu {flags}")
