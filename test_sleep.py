@@ -31,7 +31,7 @@ import train_ca
 import train_gsm
 import train_khop
 from lab import (baselines, benchmark, demo, exercises, experiments, figures, film, gpu_check, ladder,
-                 plot, solutions)
+                 plot, solutions, swaps)
 from sleep import Config, SleepLM
 
 HERE = Path(__file__).parent
@@ -1923,6 +1923,56 @@ def test_the_code_in_the_readme_is_the_code():
     assert loop in source
     removed = re.findall(r"^-(.*)$", "".join(re.findall(r"```diff\n(.*?)```", README, re.S)), re.M)
     assert len(removed) == 2 and all(line in source for line in removed)       # the worked examples
+
+
+def test_the_changes_that_the_readme_proposes_apply_and_do_what_it_says():
+    method = (HERE / "sleep.py").read_text().partition("# The method ends here.")[0]
+    modules = []
+    for diff in re.findall(r"```diff\n(.*?)```", README, re.S):
+        (old,), (new,) = (re.findall(rf"^\{sign}(.*)$", diff, re.M) for sign in "-+")
+        assert method.count(old + "\n") == 1
+        modules.append(type(sys)("changed"))
+        with patched(sys, "modules", sys.modules | dict(changed=modules[-1])):     # for dataclass
+            exec(method.replace(old, new), modules[-1].__dict__)
+    replay, overshoot = modules
+    models = [tiny(kind, layout="as", N=3) for kind in (
+        lambda cfg: replay.SleepLM(replay.Config(**vars(cfg))),
+        lambda cfg: experiments.Changed(cfg, "S", 1, 0, False, False))]
+    tokens = random_tokens(T=13)
+    a, b = (model(tokens, targets_for(tokens, 3))[0] for model in models)
+    close(a, b, 1e-12)                     # h thrown away: the experiment's --carry S
+    cfg = Config(7, 20, 5, layout="s", d_model=16, n_head=2)
+    torch.manual_seed(0)
+    layers = overshoot.FastWeights(cfg), swaps.Overshoot(cfg)
+    layers[1].load_state_dict(layers[0].state_dict())
+    x, S = torch.randn(2, 9, 16), torch.randn(2, 2, 8, 8)
+    for a, b in zip(layers[0](x, S), layers[1](x, S)):
+        close(a, b, 1e-6)
+    plain = sleep.FastWeights(cfg)
+    plain.load_state_dict(layers[0].state_dict())
+    assert (plain(x, S)[1] - layers[0](x, S)[1]).abs().max() > 1e-3
+
+
+def test_swaps_are_followed_and_a_write_that_overshoots_swaps_two_places():
+    tokens, targets = swaps.Swaps(SimpleNamespace(swaps=8, L=12, batch_size=50, device="cpu"), 0).make_batch(3)
+    assert tokens.shape == (50, 16) and (tokens[:, 12:] == swaps.PLACE + torch.arange(4)).all()
+    for row, wanted in zip(tokens.tolist(), targets.tolist()):
+        items = row[:4]
+        for token in row[4:12]:
+            if token != swaps.NOTHING:
+                x, y = swaps.PAIRS[token - 4].tolist()
+                items[x], items[y] = items[y], items[x]
+        assert items == wanted and sorted(items) == [0, 1, 2, 3]
+    k = F.normalize(torch.tensor([1.0, -1, 0, 0]), dim=0)[None, None, None]    # e_0 - e_1
+    v, beta = torch.zeros_like(k), torch.full((1, 1, 1), 2.0)
+    _, S = sleep.gated_delta_rule(k, k, v, torch.zeros(1, 1, 1), beta, torch.eye(4)[None, None])
+    assert torch.allclose(S[0, 0], torch.eye(4)[[1, 0, 2, 3]], atol=1e-6)      # I - 2 k k^T
+    with tempfile.TemporaryDirectory() as place:
+        out = str(Path(place) / "out")
+        status, text, err = run(swaps.main, shlex.split(
+            f"--device cpu --N 1 --update_rule overshoot --steps 2 --batch_size 8 --out {out}"))
+        assert status == 0 and "places" in text, err
+    assert not sleep.UPDATE_RULES.pop("overshoot", None) is None
 
 
 def test_the_method_stands_alone_before_the_line_where_it_ends():
