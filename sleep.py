@@ -3,14 +3,15 @@
 "Do Language Models Need Sleep? Offline Recurrence for Improved Online Inference", Lee, McLeish,
 Goldstein, Fanti, arXiv 2605.26099. Sections, equations and lines are those of version 3.
 
-Attention sees a window of L tokens. SSM blocks carry fast weights S: a matrix that maps keys to
-values and is written token by token. When the window is full the model sleeps: N passes over the
-window through all blocks, h and S carried from pass to pass. Then the window is evicted and only S
-remains (hard eviction). An answer takes one pass, whatever N is. N = 1 is the plain hybrid.
+Attention sees a window of L tokens. SSM blocks (state-space models) carry fast weights S: a matrix
+that maps keys to values and is written token by token. When the window is full the model sleeps: N
+passes over the window through all blocks, h and S carried from pass to pass. Then the window is
+evicted and only S remains (hard eviction). An answer takes one pass, whatever N is, and so does in
+training every window in which something is to be predicted. N = 1 is the plain hybrid.
 
   name       paper      meaning                                          shape
-  tokens     x, c       token ids; a window (the paper's chunk) of them  (B, T)
-  h          h          features, one vector per token                   (B, T, d)
+  tokens     x, c       B sequences of T; a window is the paper's chunk  (B, T)
+  h          h          features, one vector of width d per token        (B, T, d)
   q k v      q k v      query, key, value, H heads of K = V = d / H      (B, H, T, K)
   alpha      alpha_t    how much of S a token keeps, as log_alpha <= 0   (B, H, T)
   beta       beta_t     how strongly a token is written, in (0, 1)       (B, H, T)
@@ -37,7 +38,7 @@ def gated_delta_rule(q, k, v, log_alpha, beta, S, delta=True):
         S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,    o_t = S_t q_t
 
     Eq. 3 is the gated Hebbian write, S_t = alpha_t S_{t-1} + beta_t v_t k_t^T: delta=False. Gated
-    DeltaNet, which the experiments use, first takes away what S recalls for k_t.
+    DeltaNet, used in the experiments, writes v_t - S k_t, what S lacks there, in the place of v_t.
     Shapes as in the glossary, else ValueError. Returns o (B, H, T, V) and the last S.
     """
     check_shapes(q, k, v, log_alpha, beta, S)
@@ -94,10 +95,10 @@ def check_shapes(q, k, v, log_alpha, beta, S):
 class Config:
     """A model. ValueError says in one sentence what does not fit."""
     vocab_size: int
-    T: int                         # tokens of a sequence: sets the longest half-life, is no limit
+    T: int                         # tokens of a sequence: sets the longest half-life, not a limit
     L: int                         # window of attention, in tokens
     N: int = 1                     # passes of a sleep, where a call does not say otherwise
-    layout: str = "asas"           # one letter a block: a = attention, s = SSM (fast weights)
+    layout: str = "asas"           # one letter per block: a = attention, s = SSM (fast weights)
     d_model: int = 256
     n_head: int = 4
     eviction: str = "hard"         # "hard": nothing but S survives; "sliding": also L - 1 tokens
@@ -123,8 +124,8 @@ class Config:
 
 class Memory(NamedTuple):
     """All that a model knows of the past; passed in and returned, never kept in the module."""
-    S: list          # a block: fast weights (B, H, V, K), or None for attention
-    cache: list      # a block: (conv tail (B, n, d), keys, values (B, H, n, K)); for SSM the tail
+    S: list          # one per block: fast weights (B, H, V, K), or None for attention
+    cache: list      # one per block: (conv tail (B, n, d), keys, values (B, H, m, K)); SSM: tail
     awake: int       # tokens read since the last eviction; a window has room for L
 
 
@@ -136,7 +137,7 @@ def latest(x, n):
 
 
 class Embed(nn.Embedding):
-    """Tokens (B, T), integers of any width -> h (B, T, d). ValueError if they are no tokens."""
+    """Tokens (B, T), integers of any width -> h (B, T, d). ValueError if they are not."""
 
     def forward(self, tokens):
         fit = tokens.ndim == 2 and tokens.numel() and not tokens.is_floating_point()
@@ -203,7 +204,7 @@ class Attention(nn.Module):
 
 
 class FastWeights(nn.Module):
-    """The SSM mixer: Gated DeltaNet (with one convolution, in Block, not one each on q, k, v)."""
+    """The mixer of SSM blocks: Gated DeltaNet (with one convolution, in Block, not three)."""
 
     def __init__(self, cfg, gated=True, delta=True):
         super().__init__()
@@ -211,9 +212,9 @@ class FastWeights(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(d, d, bias=False) for _ in range(4))
         self.z = nn.Linear(d, d, bias=False)                                   # output gate
         self.ab = nn.Linear(d, 2 * self.H, bias=False)                         # alpha and beta
-        # Half-life of S where a = 0: log 2 / softplus(dt_bias), as e^A_log = 1 at birth (Mamba's
-        # names). paper does not say: the half-lives. Here log-spaced over the heads, from 4 tokens
-        # to all N * T that a sequence is read for (N at least 4, so N = 1..4 are born alike).
+        # log_alpha = -e^A_log softplus(a + dt_bias), in Mamba's names. At first S halves, at a = 0,
+        # in log 2 / softplus(dt_bias) tokens. paper does not say: the half-lives. Here 4 tokens to
+        # all N * T that a sequence is read for, log-spaced over the heads (N = 1 to 4 alike).
         longest = max(cfg.N, 4) * cfg.T
         half_life = torch.logspace(math.log10(longest), math.log10(4), self.H)
         self.dt_bias = nn.Parameter(torch.log(torch.expm1(math.log(2) / half_life)))
@@ -328,9 +329,9 @@ class SleepLM(nn.Module):
         if not isinstance(N, int) or N < 0:
             raise ValueError(f"N must be an integer >= 0, the passes of a sleep, not {N}.")
         for n in range(N):                                                     # line 6
-            i, j = self.blocks_of(n, N)    # all blocks, unless cfg.loop names some
-            h, S, grown = self.one_pass(h, S, memory.cache, i, j)              # line 7
-            cache[i:j] = grown[i:j]        # that of a block's last pass stays (sliding eviction)
+            first, stop = self.blocks_of(n, N)         # all blocks, unless cfg.loop names some
+            h, S, grown = self.one_pass(h, S, memory.cache, first, stop)       # line 7
+            cache[first:stop] = grown[first:stop]      # a block's last cache, for sliding eviction
         return self.evict(Memory(S, cache, 0))
 
     def blocks_of(self, n, N):
@@ -376,7 +377,7 @@ class SleepLM(nn.Module):
                              "must be (B, T) and (B, M), with M from 1 to T.")
         if all(silent := silent or (targets < 0).all(0).tolist()):
             raise ValueError("all targets are -1: nothing is predicted, so there is no loss.")
-        silent, logits = [True] * (T - M) + silent, []         # T entries; True: the mask is 0
+        silent, logits = [True] * (T - M) + silent, []         # T entries; True: loss mask 0
         memory = self.empty_memory(B)                                          # line 1: S <- 0
         windows = tokens.split(L, 1)                                           # line 2
         N = N if isinstance(N, (list, tuple)) else [N] * len(windows)
@@ -415,8 +416,7 @@ class SleepLM(nn.Module):
         return torch.cat(logits, 1), (now, before, window)
 
 
-# ------------------------------------------------------------------------------------------------
-# The method ends here. What follows trains it.
+# The method ends here. What follows trains it. ---------------------------------------------------
 import argparse
 import json
 import os
@@ -451,7 +451,7 @@ def train(task, cfg, settings, path):
     """Train one model -> the model and its run, a dict (see lab/README.md).
 
     A step is line 14 of Algorithm 1. Every `eval_every` steps: evaluate, and save all that it takes
-    to go on exactly from here. Exits with a sentence if the loss or a weight is not finite.
+    to go on exactly from here. Ends with a sentence if the loss or a weight is not finite.
     """
     steps, every, device = settings["steps"], settings["eval_every"], settings["device"]
     model, optimizers, run = begin(task, cfg, settings, path)

@@ -1683,9 +1683,10 @@ def test_the_ladder_climbs_from_a_hebbian_write_to_a_pass_that_buys_a_hop():
     values = {name: [*shares.values()] for name, shares in found.items()}
     assert values["hebbian"][0] > 0.95
     assert values["forgetting"][0] < 0.65 and values["forgetting"][1] > 0.95 < values["delta"][0]
+    assert values["forgetting"][2] < 0.6
     two_reads, one_read, slept = values["write_back"]
     assert min(two_reads, slept) > 0.95 and one_read < 0.15
-    assert values["attention_beside"][0] < 0.65 and values["attention_beside"][1] > 0.95
+    assert values["attention_beside"][0] < 0.8 and values["attention_beside"][1] > 0.95
     assert values["evict"][0] < 0.15 and values["evict"][1] > 0.95
     *loops, thrown_away = values["loop"]
     for N, by_hops in enumerate(loops, 1):             # a pass buys a hop
@@ -1804,7 +1805,7 @@ def test_the_film_is_one_page_that_answers_a_click():
         frame = demo.watch(model, task, tokens, 3)[0][2]       # one step back: after pass 2
         said, truth = frame.answers[2, 5].argmax().item(), demo.right_answers(edges, 4)[2, 5].item()
         assert "after pass 2 of 3" in dom and "3 hops after 5?" in dom
-        assert f">says {said}, {'right' if said == truth else f'wrong: {truth}'}<" in dom
+        assert (f">says {said}, right<" if said == truth else f">says {said}; right is {truth}<") in dom
 
 
 def test_the_lab_draws_what_it_promises_and_refuses_the_rest_in_a_sentence():

@@ -2,7 +2,7 @@
 problems. (Of k hops nothing can: a test computes it.)
 
     python -m lab.baselines ca --split 0        lookups and a small network, on the tapes of train_ca.py
-    python -m lab.baselines gsm                 the commonest number, and readers of one or two sentences
+    python -m lab.baselines gsm                 the commonest number; readers of one to three sentences
 
 The flags are those of train_ca.py and train_gsm.py.
 """
@@ -115,7 +115,7 @@ def gsm(task):
         guesses = {"commonest number among the sentences `x is c`": common}
         for reads in (1, 2, 3):
             value = resolve(asked, sentences, task.args.p, reads)
-            guesses[f"a reader of {reads} in a row"] = common if value is None else value
+            guesses[f"a reader of {reads} sentence{'s' * (reads > 1)} in a chain"] = common if value is None else value
         for baseline, guess in guesses.items():
             right.setdefault(baseline, {}).setdefault(str(depth), []).append(guess == answer - 11)
     return {"best constant": dict(accuracy=task.chance["accuracy"])} | {

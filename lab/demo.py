@@ -5,7 +5,7 @@
     python sleep.py --edges "0>3 3>1 1>2 ..."    your own, in the order in which they are read
     python sleep.py --checkpoint out/khop-cpu-0102-030405/N3-seed0.pt        your own model
 
-The model that ships, lab/khop-N3.pt, was trained with N = 3 passes by `python train_khop.py --N 3`.
+The model that ships, lab/khop-N3.pt, was trained with N = 3 passes by `python train_khop.py --N 3 --compile`.
 """
 import os
 import random
@@ -93,9 +93,9 @@ def spell(task, edges):
 
 @torch.no_grad()
 def ask(model, task, S):
-    """All questions, in one pass each, to fast weights S -> probabilities (K, nodes, nodes)."""
+    """All questions to fast weights S, one pass a sequence -> probabilities (K, nodes, nodes)."""
     K, n, L, found = task.K, task.nodes, model.cfg.L, []
-    k = (torch.arange(n) + torch.arange(K)[:, None]) % K       # (K, nodes): row by row another mix
+    k = (torch.arange(n) + torch.arange(K)[:, None]) % K       # (K, nodes): mixed in every row, as in training
     for start in range(0, n, task.M):      # as many in a sequence as in training
         q = torch.arange(start, min(start + task.M, n))
         parts = [train_khop.ONE + k[:, q], (task.node + q).expand(K, -1)]
@@ -151,34 +151,35 @@ def hops(k):
 def show(model, task, edges, color):
     """Print a sleep, pass by pass, and what is left of it."""
     n, K, N, L = task.nodes, task.K, model.cfg.N, model.cfg.L
-    mark = (lambda x: f"\033[1;32m{x:4}\033[0m") if color else (lambda x: f"[{x}]".rjust(4))
+    mark = (lambda x: f"\033[1;32m{x:5}\033[0m") if color else (lambda x: f"[{x}]".rjust(5))
     print(f"The edges of a cycle of {n} nodes, as the model reads them:\n\n  "
           + "  ".join(f"{a}>{b}" for a, b in edges) + "\n")
     tokens, truth = spell(task, edges), right_answers(edges, K)
     frames, memory = watch(model, task, tokens, N)
     print(f"Which node is k hops after another one? {'Green' if color else '[ ]'} is right; a guess is "
-          f"in 1 of {n - 1}.\nThe model sleeps over each window of {L} tokens, {N} "
-          f"pass{'es' * (N > 1)}, and never answers before. If it were woken now:")
+          f"right once in {n - 1}.\nThe model sleeps over each window of {L} tokens, {N} pass"
+          f"{'es' * (N > 1)}; each rewrites h, the tokens' features,\nand S, its memory. What it would say "
+          "if it were woken early:")
     for frame in frames:
         if frame.n == 0:
             continue
         where = f"window {frame.window + 1} of {frames[-1].window + 1}, " * (frames[-1].window > 0)
         print(f"\n{where}after pass {frame.n}: h moved by {frame.h_moved:.2f} of its length, S by "
-              f"{frame.S_moved:.2f}\n  after node " + "".join(f"{q:4}" for q in range(n)) + "     right")
+              f"{frame.S_moved:.2f}\n  after node " + "".join(f"{q:5}" for q in range(n)) + "     right")
         for k, (said, wanted) in enumerate(zip(frame.answers.argmax(-1), truth), 1):
-            row = "".join(mark(x) if x == y else f"{x:4}"
+            row = "".join(mark(x) if x == y else f"{x:5}"
                           for x, y in zip(said.tolist(), wanted.tolist()))
             print(f"  {hops(k):10} {row}     {(said == wanted).sum().item():2} of {n}")
     numbers = sum(x.numel() for x in memory.S if x is not None)
     print(f"\nevicted: {tokens.shape[1]} tokens are gone; what is left is S, {numbers:,} numbers. "
           "Asked now, in one pass:\n")
-    print("  right of " + f"{n:<22}" + "".join(f"{hops(k):>9}" for k in range(1, K + 1)))
+    print("  right of " + f"{n:<24}" + "".join(f"{hops(k):>9}" for k in range(1, K + 1)))
     zero = [None if x is None else torch.zeros_like(x) for x in memory.S]
-    tests = [(f"N = {N}, as trained", memory.S), ("the same, S set to zero", zero)]
-    tests += [(f"N = {x}", watch(model, task, tokens, x)[1].S) for x in (1, 2 * N)]
+    tests = [(f"slept for {N} passes, as trained", memory.S), ("the same, S set to zero", zero)]
+    tests += [(f"this model slept for N = {x}", watch(model, task, tokens, x)[1].S) for x in (1, 2 * N)]
     for said, S in tests:
         right = (ask(model, task, S).argmax(-1) == truth).sum(1).tolist()
-        print(f"  {said:31}" + "".join(f"{x:9}" for x in right))
+        print(f"  {said:33}" + "".join(f"{x:9}" for x in right))
 
 
 def main(argv=None):

@@ -48,8 +48,8 @@ def delta_write(S, k, v, beta):
 
 
 def which_replay_repairs():
-    """Two keys overlap, each is written once; one of them is then recalled wrongly. Which rules recall
-    both without error after both were written again, many times? -> a set of "delta", "hebbian"."""
+    """Two keys, neither parallel nor orthogonal, are written in turn, again and again. Under which rules
+    are both recalled without error in the end? -> a set of "delta", "hebbian"."""
     raise NotImplementedError
 
 
@@ -68,7 +68,7 @@ def compose(S, keys, keys2):
 
 def two_tokens(q, k, v, log_alpha, beta, S):
     """sleep.gated_delta_rule for exactly two tokens, without a loop over them: q, k (2, K), v (2, V),
-    log_alpha, beta (2,), S (V, K) -> o (2, V) and the new S. No state in between may be formed."""
+    log_alpha, beta (2,), S (V, K) -> o (2, V) and the new S. Without the state after the first."""
     raise NotImplementedError
 
 
@@ -82,7 +82,7 @@ def evict(memory, eviction, L):
 
 
 def can_depend(eviction, S_emptied):
-    """Can an answer still depend on a token of the window before, if eviction is so, and if S was
+    """Can an answer still depend on a token of the window before under this eviction, and if S was
     emptied as well (S_emptied)? -> bool"""
     raise NotImplementedError
 
@@ -114,8 +114,8 @@ def stream(model, tokens):
 # 9. When to wake (medium, 20 minutes)
 
 def sleep_until_still(model, h, memory, threshold, most):
-    """Sleep until a pass moves h by less than `threshold` of its length, |h_new - h| / |h_new|, or
-    for `most` passes. Hard eviction. -> the memory, and the number of passes."""
+    """Sleep until a pass moves h by less than `threshold` of its length, |h_new - h| / |h_new| over the
+    whole batch, or for `most` passes. Hard eviction. -> the memory, and the number of passes."""
     raise NotImplementedError
 
 
@@ -132,7 +132,8 @@ class Unwritten(sleep.FastWeights):
 
 class Majority:
     """A task as sleep.main wants it: a window of args.L bits, 0 and 1 (L odd), then a separator, 2;
-    the answer, at the separator, is the commoner bit. Everything else is listed in sleep.py."""
+    the answer, at the separator, is the commoner bit. A batch depends on seed and step alone, the test
+    on neither. What else a task needs is listed in sleep.py; score and chance are dict(accuracy=...)."""
     name, vocab_size = "majority", 3
 
     def __init__(self, args, seed):
@@ -144,6 +145,8 @@ class Majority:
 
 TITLES = ("write", "forget", "delta", "read twice, write back", "many tokens at once", "evict", "sleep",
           "stream", "when to wake", "your own rule, your own task")
+COST = ("easy, 10", "easy, 5", "medium, 20", "medium, 15", "hard, 40", "easy, 15", "medium, 20", "hard, 30",
+        "medium, 20", "hard, 60")
 HINTS = (
     "S k is the sum of all v (k_i . k). And how many orthogonal keys have room in K dimensions?",
     "Every pass decays S once more at every token.",
@@ -153,7 +156,8 @@ HINTS = (
     "Write o_1 and u_1 first, with S alone; u is what is written at a key. Then u_2 = beta_2 (v_2 - what S, "
     "decayed twice, and u_1, decayed once, recall at k_2). sleep.gated_delta_rule_chunked says the same.",
     "sleep.latest takes the last n tokens. What crosses an eviction, besides S?",
-    "Line 7 of Algorithm 1: h and S come out of a pass and go into the next one; the cache does not.",
+    "Line 7 of Algorithm 1: h and S come out of a pass and go into the next one; the cache does not. A window "
+    "in which a position predicts takes one pass; which windows are before the last M positions?",
     "Two memories: the one before the window, and the one of now. A sleep begins from the first.",
     "The loop of exercise 7, and a distance. The last pass that was made counts.",
     "beta times a mask, log_alpha times a mask; super() is of no use. README.md shows a whole task.")
@@ -191,7 +195,7 @@ def check_1(m):
     delta, hebbian = m.recalled(v0, v1)
     must(near(delta, v1), "recalled: the delta rule does not recall that.")
     must(near(hebbian, v0 + v1), "recalled: the Hebbian rule does not recall that.")
-    must((m.room(5, 8), m.room(8, 3)) == (8, 3), "room: S (5, 8) and S (8, 3) have room for other numbers.")
+    must((m.room(5, 8), m.room(8, 3)) == (8, 3), "room: wrong for S (5, 8) or for S (8, 3).")
 
 
 def check_2(m):
@@ -347,7 +351,8 @@ def grade(number, module):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
-        print(f"{__doc__}\n" + "\n".join(f"  {i:2}  {title}" for i, title in enumerate(TITLES, 1)))
+        print(f"{__doc__}\n" + "\n".join(f"  {i:2}  {title} ({cost} minutes)" for i, (title, cost)
+                                         in enumerate(zip(TITLES, COST), 1)))
         return
     if not argv[0].isdigit() or not 1 <= int(argv[0]) <= len(CHECKS) or argv[1:] not in ([], ["--hint"]):
         sys.exit(f"exercises.py: say a number from 1 to {len(CHECKS)}, and --hint if you like.")

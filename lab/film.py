@@ -1,6 +1,6 @@
-"""The sleep film: one page to touch, without a network, of one sleep of a trained model.
+"""The sleep film: one sleep of a trained model as an interactive page that works offline.
 
-    python -m lab.film lab/khop-N3.pt                    -> lab/sleep.html
+    python -m lab.film lab/khop-N3.pt                    -> sleep.html
     python -m lab.film out/a/N4-seed0.pt --seed 3 --out my.html
 
 The cycle, S of every head, a slider for the window and the pass; a click on a question shows what the
@@ -26,7 +26,7 @@ def film(model, task, edges):
     return dict(
         nodes=task.nodes, K=task.K, L=L, N=model.cfg.N, edges=edges, read=read,
         truth=demo.right_answers(edges, task.K).tolist(),
-        frames=[dict(window=f.window, n=f.n, h=round(f.h_moved, 3), s=round(f.S_moved, 3),
+        frames=[dict(window=f.window, n=f.n, h=round(f.h_moved, 4), s=round(f.S_moved, 4),
                      S=[short(head) for block in f.S for head in block],
                      answers=[short(k) for k in f.answers]) for f in frames])
 
@@ -36,8 +36,7 @@ def main(argv=None):
     p.add_argument("checkpoint", type=Path)
     p.add_argument("--seed", type=int, default=0, help="of the cycle")
     p.add_argument("--edges", help='a cycle of your own, "0>3 3>1 ...", as it is read')
-    p.add_argument("--out", type=Path, default=Path(__file__).with_name("sleep.html"),
-                   help="default: lab/sleep.html")
+    p.add_argument("--out", type=Path, default=Path("sleep.html"), help="default: sleep.html")
     args = p.parse_args(argv)
     try:
         model, task = demo.load(args.checkpoint)

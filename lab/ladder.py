@@ -12,7 +12,7 @@ from sleep import gated_delta_rule
 NODES, CYCLES, d = 12, 50, 128
 g = torch.Generator().manual_seed(0)
 node = F.normalize(torch.randn(NODES, d, generator=g), dim=-1)                 # e_a, a node's vector
-turn = torch.linalg.qr(torch.randn(4, d, d, generator=g))[0]   # a question: k hops after a asks turn_k e_a
+turn = torch.linalg.qr(torch.randn(4, d, d, generator=g))[0]   # rotations: see key
 
 
 def cycles():
@@ -22,7 +22,8 @@ def cycles():
     return name.gather(1, order), name.roll(-1, 1).gather(1, order)
 
 
-def key(k, a):                             # the key of "k hops after a", of nodes or of vectors
+def key(k, a):
+    """The key of "k hops after a": e_a, rotated by turn_k. a: nodes, or their vectors."""
     return (node[a] if a.dtype == torch.long else a) @ turn[k - 1].T
 
 
@@ -70,11 +71,13 @@ def hebbian_twice():
 
 
 def forgetting():
-    """2. Forgetting: S <- alpha S + v k^T. Same write; what is old fades, if it is right or not."""
+    """2. Forgetting: S <- alpha S + v k^T. Same write; what is old fades, whether it is right or not."""
     S = write(empty, key(1, old_a), node[old_b], 0.9, delta=False)
     S = write(S, key(1, a), node[b], 0.9, delta=False)
+    much = write(empty, key(1, a), node[b], 0.4, delta=False)
     return {"a second cycle over the first, alpha = 1": right(read(hebbian_twice(), key(1, everyone)), truth[1]),
-            "alpha = 0.9": right(read(S, key(1, everyone)), truth[1])}
+            "alpha = 0.9": right(read(S, key(1, everyone)), truth[1]),
+            "its price: one cycle alone, alpha = 0.4": right(read(much, key(1, everyone)), truth[1])}
 
 
 def delta():
@@ -84,54 +87,62 @@ def delta():
 
 
 def sleep_by_hand(passes, carry_h=True):
-    """Passes over the edges. A token carries h: the node that it has reached, b at first. Every pass
-    writes h under "k hops after a", then moves it one hop on, by what S says of it."""
+    """Passes over the edges a > b. A token carries h, the node that it has reached: b at first. From the
+    second pass on it first moves h one hop, by what S says of it; then it writes h under "n hops after
+    a". Without carry_h every pass begins at b again, so no pass gets further than two hops."""
     S, h = empty, node[b]
     for n in range(1, passes + 1):
-        S = write(S, key(n if carry_h else min(n, 2), a), h)                   # what was found out
-        h = read(S, key(1, h if carry_h else node[b]))                         # one hop further
-        h = node[(h @ node.T).argmax(-1)]  # clean up: the nearest node (an MLP learns that)
+        if n > 1:
+            found = read(S, key(1, h if carry_h else node[b]))
+            h = node[(found @ node.T).argmax(-1)]              # the nearest node: an MLP learns that
+        S = write(S, key(n if carry_h else min(n, 2), a), h)
     return S
 
 
 def write_back():
-    """4. Read twice, write back: two hops are S (S k). Read once more when all edges are in S, and
-    write what comes out under "2 hops after a": then an answer takes one read."""
+    """4. Read twice, write back: what S says of a is b, what it says of b is two hops after a. Do both
+    when all edges are in S, write the second under "2 hops after a", and an answer takes one read."""
     S = write(empty, key(1, a), node[b])
     twice = read(S, key(1, read(S, key(1, everyone))))
-    S2 = sleep_by_hand(2)
+    slept = sleep_by_hand(2)
     return {"2 hops, two reads at the answer": right(twice, truth[2]),
             "one read": right(read(S, key(2, everyone)), truth[2]),
-            "one read after a second pass": right(read(S2, key(2, everyone)), truth[2])}
+            "one read, after a second pass wrote it": right(read(slept, key(2, everyone)), truth[2])}
+
+
+narrow = lambda vectors: F.normalize(vectors[..., :8], dim=-1)                 # only 8 dimensions
 
 
 def attention(keys, window):
-    """softmax(q k) v over the edges a > b that are in the window."""
-    scores = 30 * key(1, keys) @ key(1, window[0]).mT                          # (CYCLES, NODES, edges)
-    return scores.softmax(-1) @ node[window[1]]
+    """softmax(q k) v over the keys and values that are in the window."""
+    return (60 * keys @ window[0].mT).softmax(-1) @ window[1]
 
 
 def attention_beside():
-    """5. Attention beside it: the window is kept as it is, so nothing in it is mixed up."""
-    return {"1 hop by S of step 2, two cycles in it": right(read(hebbian_twice(), key(1, everyone)), truth[1]),
-            "1 hop by attention to the window": right(attention(everyone, (a, b)), truth[1])}
+    """5. Attention beside it: the window is kept as it is. S has as much room as keys have dimensions,
+    here 8, for twelve edges; attention has room for its whole window."""
+    keys, asked = narrow(key(1, a)), narrow(key(1, everyone))
+    S = write(empty[:, :, :8], keys, node[b])
+    return {"1 hop by S": right(read(S, asked), truth[1]),
+            "1 hop by attention to the window": right(attention(asked, (keys, node[b])), truth[1])}
 
 
 def evict():
-    """6. Evict: a window is finite. Same two memories, but the next window has pushed the edges out."""
-    next_window = cycles()
-    S = write(empty, key(1, a), node[b])
-    return {"1 hop by attention to the next window": right(attention(everyone, next_window), truth[1]),
+    """6. Evict: a window is finite. Same two memories; the next window, other facts under other keys, has
+    pushed the edges out, and S (128 dimensions again) has read it, too."""
+    other = key(2, old_a), node[old_b]
+    S = write(write(empty, key(1, a), node[b]), *other)
+    return {"1 hop by attention to the next window": right(attention(key(1, everyone), other), truth[1]),
             "by S": right(read(S, key(1, everyone)), truth[1])}
 
 
 def loop():
     """7. Loop h and S: before the eviction, N passes h, S <- Blocks(h, S). h is how far a token has
-    come, S what all have found out. A pass buys a hop; an answer is still one read."""
-    rows = {f"N = {N}: 1, 2, 3, 4 hops": [right(read(S, key(k, everyone)), truth[k]) for k in (1, 2, 3, 4)]
-            for N in (1, 2, 3, 4) for S in [sleep_by_hand(N)]}
-    S = sleep_by_hand(4, carry_h=False)
-    return rows | {"N = 4, h thrown away": [right(read(S, key(k, everyone)), truth[k]) for k in (1, 2, 3, 4)]}
+    come, S what all have found out. Here a pass buys a hop; an answer is still one read."""
+    def by_hops(S):
+        return [right(read(S, key(k, everyone)), truth[k]) for k in (1, 2, 3, 4)]
+    rows = {f"N = {N}: 1, 2, 3, 4 hops": by_hops(sleep_by_hand(N)) for N in (1, 2, 3, 4)}
+    return rows | {"N = 4, h thrown away": by_hops(sleep_by_hand(4, carry_h=False))}
 
 
 STEPS = (hebbian, forgetting, delta, write_back, attention_beside, evict, loop)

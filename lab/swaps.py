@@ -1,10 +1,11 @@
-"""A control: a task whose depth the scan itself supplies, if a write may overshoot.
+"""A control: a task whose depth the recurrence itself supplies, if a write may overshoot.
 
-Four items lie in four places; up to eight swaps of two places follow, mixed with nothing; all of it is
-evicted; then every place is asked for. A swap is the reflection I - 2 k k^T: one token, one write, if
-beta reaches 2. With beta below 1 a write can only forget, so the swaps have to be worked out.
+Four items lie in four places; up to eight swaps of two places follow, with blanks in between; all of it
+is evicted; then every place is asked for. A swap of x and y is the reflection I - 2 k k^T with
+k = (e_x - e_y) / sqrt(2): one token, one write, if beta reaches 2. With beta below 1 a write can only
+forget, so the swaps have to be worked out.
 
-    c a d b  ab . cd ab . . bc .   | a? b? c? d?          items of places, swaps, questions
+    2 0 3 1  ab . cd ab . . bc .   | a? b? c? d?          items of places a to d, swaps, questions
 
     python -m lab.swaps                                       N = 1 against N = 3
     python -m lab.swaps --N 1 --update_rule overshoot         beta up to 2
@@ -50,7 +51,7 @@ class Swaps:
         B, n = (2048 if step < 0 else self.args.batch_size), self.args.swaps
         items = torch.rand(B, 4, generator=g).argsort(1)
         pair = torch.randint(len(PAIRS), (B, n), generator=g)
-        share = torch.rand(B, 1, generator=g)                  # of swaps, another one a sequence
+        share = torch.rand(B, 1, generator=g)                  # share of swaps, one for each sequence
         swapped = torch.rand(B, n, generator=g) < share
         now, rows = items.clone(), torch.arange(B)
         for t in range(n):
