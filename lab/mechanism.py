@@ -72,12 +72,12 @@ def draw(path):
     one, two, last = (LEFT + i * (WIDTH + GAP) for i in range(3))
     symbol(ax, 4.8, PASS_AT[0] + BAR / 2, "S = 0", S)
     arrow(ax, S, [(8.4, PASS_AT[0] + BAR / 2), (LEFT, PASS_AT[0] + BAR / 2)])
-    for x, k, signs in (one, 1, "011010"), (two, 2, "100111"):
+    for x, k, signs in (one, 1, "730416"), (two, 2, "915847"):
         column(ax, x, f"window {k}: L tokens", "asleep, N = 3", ASLEEP, signs)
         cells(ax, x, EVICTED_AT, "✕" * 6, FADED, size=20)
         text(ax, x + WIDTH / 2, 42.7, r"evicted: cache and $\mathit{h}$")
         carry(ax, x)
-    column(ax, last, "answer window", "awake", AWAKE, "=?", ["one pass"])
+    column(ax, last, "answer window", "awake: 2 hops after 7?", AWAKE, "27", ["one pass"])
     text(ax, last + WIDTH / 2, PASS_AT[1] + 1.6, "answer", size=15, weight="bold")
     for y, name, words, color in (40, "h", "features", H), (36, "S", "fast weights", S):
         symbol(ax, last + 4, y, name, color)
