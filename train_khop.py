@@ -2,7 +2,8 @@
 
 The edges of one directed cycle of n nodes in random order, then questions: which node is k hops
 after q? The edges are evicted before the first question. Storing them is the same work for every k;
-only the number of edges that an answer strings together grows.
+only the number of edges that an answer strings together grows. In its first pass a token can read
+only the edges before it.
 
     3 -> 0 , 1 -> 3 , 0 -> 2 , 2 -> 1 ,     2 hops after 1 :     edges, then a question (words)
     3 0 1 3 0 2 2 1                         2 1                  the same, terse
@@ -13,9 +14,8 @@ would help with the next question. (--feed: it does, as in the paper.)
     python train_khop.py                    N = 1 against N = 3, minutes on two CPU cores
     python train_khop.py --preset paper     Section 6.2's sizes, for a GPU
 
-paper does not say: the law of n in training. In the larger presets half of the sequences have all
-nodes, the others n from 3 on with weight 1 / (n + sqrt(nodes)), the law of Physics of Language Models
-4.1; in the cpu preset all have all nodes.
+paper does not say: the law of n in training. In the larger presets it is that of Physics of Language
+Models 4.1, n from 3 on with weight 1 / (n + sqrt(nodes)); in the cpu preset all have all nodes.
 """
 import math
 
@@ -28,10 +28,10 @@ PRESETS = {
     "cpu": dict(N=[1, 3], nodes=12, K=4, queries=12, words=False, feed=False, n_law="all",
                 deeper=0.3, question_first=False, L=24, layout="as", d_model=64, n_head=1,
                 steps=1200, batch_size=64, lr_muon=1e-2, lr_adamw=4e-3, cooldown=0.4, eval_every=100),
-    "gpu": dict(N=[1, 2, 4], nodes=24, K=8, queries=12, words=True, feed=False, n_law="mix",
+    "gpu": dict(N=[1, 2, 4], nodes=24, K=8, queries=12, words=True, feed=False, n_law="law",
                 deeper=0.0, question_first=False, L=20, layout="asas", d_model=256, n_head=4,
                 steps=5000, batch_size=128, lr_muon=2e-3, lr_adamw=5e-4, eval_every=250),
-    "paper": dict(N=[1, 2, 4], nodes=75, K=16, queries=10, words=True, feed=True, n_law="mix",
+    "paper": dict(N=[1, 2, 4], nodes=75, K=16, queries=10, words=True, feed=True, n_law="law",
                   deeper=0.0, question_first=False, L=75, layout="as" * 5, d_model=512, n_head=8,
                   steps=100_000, batch_size=128, lr_muon=2e-3, lr_adamw=5e-4, eval_every=1000,
                   conv="s"),
