@@ -365,19 +365,23 @@ def plot_other_N(runs, row, path):
 
 
 def plot_heat(runs, row, path):
-    """A panel a condition: passes at the test downwards, cases to the right, colour and number."""
+    """A panel a condition: passes at the test downwards, cases to the right; colour and number are the
+    mean of the seeds, below it their range where it is wide."""
     groups, metric = by_label(runs), next(iter(runs[0]["chance"]))
     columns = cases(runs[0], metric)
-    fig, axes = figure(1, len(groups), (2.3 * len(groups) + 1.4, 0.42 * len(row.N_test) + 1.9),
+    fig, axes = figure(1, len(groups), (2.7 * len(groups) + 1.4, 0.42 * len(row.N_test) + 1.9),
                        sharey=True)
     for ax, (label, group) in zip(axes[0], groups.items()):
-        means = [[sum(pick(run["N_test"][str(n)], metric, case) for run in group) / len(group)
-                  for case in columns] for n in row.N_test]
+        seeds = [[[pick(run["N_test"][str(n)], metric, case) for run in group] for case in columns]
+                 for n in row.N_test]
+        means = [[sum(v) / len(v) for v in line] for line in seeds]
         image = ax.imshow(means, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for y, values in enumerate(means):
             for x, value in enumerate(values):
-                ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8,
-                        color="w" if value < 0.6 else "k")
+                low, high = min(seeds[y][x]), max(seeds[y][x])
+                spread = f"\n{low:.2f} to {high:.2f}" * (high - low > 0.1)
+                ax.text(x, y, f"{value:.2f}{spread}", ha="center", va="center",
+                        fontsize=6.5 if spread else 8, color="w" if value < 0.6 else "k")
         ax.add_patch(Rectangle((-0.5, row.N_test.index(group[0]["N"]) - 0.5), len(columns), 1,
                                fill=False, ec="r", lw=2, clip_on=False, zorder=3))
         ax.set_xticks(range(len(columns)), columns)
@@ -388,7 +392,7 @@ def plot_heat(runs, row, path):
     axes[0, 0].set_ylabel("passes of the sleep at the test")
     guess = pick(runs[0]["chance"], metric, columns[0])
     fig.colorbar(image, ax=axes[0, -1], label=f"{METRICS.get(metric, metric)} (guess {guess:.2f})")
-    fig.suptitle(f"{row.question}\n{title(runs)} (mean); framed: as in training", fontsize=10)
+    fig.suptitle(f"{row.question}\n{title(runs)} (mean, range); framed: as in training", fontsize=10)
     save_figure(fig, path)
 
 

@@ -96,7 +96,7 @@ def case_words(task, case):
 def title(runs):
     """The task in words, then the model, as far as all runs have them in common."""
     name, _, task_settings = TASKS.get(runs[0]["task"], (runs[0]["task"], "", {}))
-    model = dict(layout="blocks {}", d_model="width {}", L="window of {} tokens")
+    model = dict(layout="blocks '{}'", d_model="width {}", L="window of {} tokens")
 
     def common(words):
         values = {k: [run["settings"].get(k) for run in runs] for k in words}
