@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, ScalarFormatter
 
 import sleep
 from lab import baselines
@@ -415,6 +416,9 @@ def plot_tflop(runs, row, path):
         ax.axhline(pick(runs[0]["chance"], metric, case), color="k", ls="--", lw=1,
                    label="constant guess")
         ax.set(xscale="log", ylim=(0, 1.03), xlabel="TFLOP of training")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(ScalarFormatter())
+        ax.minorticks_off()
         ax.set_title(case_words(row.task, case), fontsize=10)
     axes[0, 0].set_ylabel(METRICS.get(metric, metric))
     fig.suptitle(f"{row.question}\n{title(runs)}", fontsize=10)
