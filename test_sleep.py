@@ -1704,7 +1704,7 @@ def test_every_stub_of_the_exercises_fails_and_every_solution_passes():
         1: dict(room=lambda V, K: V), 2: dict(log_alpha_for_half=lambda L, N: -math.log(2) / L),
         3: dict(which_replay_repairs=lambda: {"delta", "hebbian"}),
         4: dict(compose=lambda S, keys, keys2: S), 5: dict(two_tokens=lambda *x: (x[2], x[5])),
-        6: dict(can_depend=lambda eviction, emptied: not emptied),
+        6: dict(can_depend=lambda eviction, emptied, N: not emptied),
         7: dict(sleep_over=lambda model, h, memory, N: model.sleep(h, memory, 1)),
         8: dict(stream=lambda model, tokens: model(tokens, tokens)[0]),
         9: dict(sleep_until_still=lambda model, h, memory, *_: (model.sleep(h, memory, 12), 12)),

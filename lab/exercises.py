@@ -9,6 +9,7 @@ to each. Everywhere a key has length 1, beta is 1 and nothing decays, unless it 
 """
 import importlib
 import sys
+from itertools import product
 from types import SimpleNamespace
 
 import torch
@@ -28,6 +29,12 @@ def recalled(v0, v1):
 
 def room(V, K):
     """How many values, on keys of your choice, can S (V, K) recall without error? -> a number."""
+    raise NotImplementedError
+
+
+def changed_by(keys, ninth):
+    """S (8, 8) holds a value on each of eight orthogonal keys (8, 8). Then one more is written, on the key
+    `ninth` (8,). Which of the eight are no longer recalled? -> (8,) bool"""
     raise NotImplementedError
 
 
@@ -81,9 +88,15 @@ def evict(memory, eviction, L):
     raise NotImplementedError
 
 
-def can_depend(eviction, S_emptied):
-    """Can an answer still depend on a token of the window before under this eviction, and if S was
-    emptied as well (S_emptied)? -> bool"""
+def can_depend(eviction, S_emptied, N):
+    """Can an answer still depend on a token of the window before, if it slept for N passes (0: it was
+    evicted unread) under this eviction, and S was emptied as well (S_emptied)? -> bool"""
+    raise NotImplementedError
+
+
+def equal_parts():
+    """`sleep` with N = 1 and `wake` get the same full window and the same memory. Which fields of the
+    memories that they return are equal? Hard eviction. -> a set of "S", "cache", "awake"."""
     raise NotImplementedError
 
 
@@ -148,14 +161,16 @@ TITLES = ("write", "forget", "delta", "read twice, write back", "many tokens at 
 COST = ("easy, 10", "easy, 5", "medium, 20", "medium, 15", "hard, 40", "easy, 15", "medium, 20", "hard, 30",
         "medium, 20", "hard, 60")
 HINTS = (
-    "S k is the sum of all v (k_i . k). And how many orthogonal keys have room in K dimensions?",
+    "S k is the sum of all v (k_i . k). And how many orthogonal keys have room in K dimensions? A write changes "
+    "what is read with every key that is not orthogonal to its own.",
     "Every pass decays S once more at every token.",
     "v - S k is what S lacks at k. What does the Hebbian rule do to an error when it writes again?",
     "First read everything twice, then write: a write may change what the next read finds. Keys that are "
     "orthogonal do not disturb each other.",
     "Write o_1 and u_1 first, with S alone; u is what is written at a key. Then u_2 = beta_2 (v_2 - what S, "
     "decayed twice, and u_1, decayed once, recall at k_2). sleep.gated_delta_rule_chunked says the same.",
-    "sleep.latest takes the last n tokens. What crosses an eviction, besides S?",
+    "sleep.latest takes the last n tokens. What crosses an eviction, besides S? And what can a window leave behind "
+    "that no pass has read?",
     "Line 7 of Algorithm 1: h and S come out of a pass and go into the next one; the cache does not. A window "
     "in which a position predicts takes one pass; which windows are before the last M positions?",
     "Two memories: the one before the window, and the one of now. A sleep begins from the first.",
@@ -196,6 +211,14 @@ def check_1(m):
     must(near(delta, v1), "recalled: the delta rule does not recall that.")
     must(near(hebbian, v0 + v1), "recalled: the Hebbian rule does not recall that.")
     must((m.room(5, 8), m.room(8, 3)) == (8, 3), "room: wrong for S (5, 8) or for S (8, 3).")
+    keys, values = torch.linalg.qr(torch.randn(8, 8))[0], torch.randn(9, 8)
+    for ninth in (keys[0], F.normalize(keys[2] - keys[5], dim=0), F.normalize(torch.randn(8), dim=0)):
+        one = torch.ones(1, 1, 9)
+        k = torch.cat([keys, ninth[None]])[None, None]
+        S = sleep.gated_delta_rule(k, k, values[None, None], 0 * one, one, torch.zeros(1, 1, 8, 8))[1][0, 0]
+        wrong = (keys @ S.mT - values[:8]).norm(dim=1) > 1e-3
+        must(torch.equal(torch.as_tensor(m.changed_by(keys, ninth)), wrong), "changed_by: write a ninth and "
+             f"see; here {wrong.sum().item()} of eight change.")
 
 
 def check_2(m):
@@ -250,9 +273,10 @@ def check_6(m):
         memory = model.wake(model.embed(torch.randint(3, (2, 8))), model.empty_memory(2))[1]
         must(same_memory(m.evict(memory, eviction, 8), model.evict(memory)),
              f"evict: {eviction} eviction leaves another memory (S, the tokens in each cache, awake).")
-    for eviction, emptied in (("hard", False), ("hard", True), ("sliding", False), ("sliding", True)):
-        must(m.can_depend(eviction, emptied) == (not emptied or eviction == "sliding"),
-             f"can_depend: not so for {eviction} eviction with S {'emptied' if emptied else 'kept'}.")
+    for eviction, emptied, N in product(("hard", "sliding"), (False, True), (0, 1, 3)):
+        must(m.can_depend(eviction, emptied, N) == (N > 0 and (not emptied or eviction == "sliding")),
+             f"can_depend: not so for {eviction} eviction, N = {N}, S {'emptied' if emptied else 'kept'}.")
+    must(m.equal_parts() == {"S"}, "equal_parts: try it, on a window of L tokens.")
 
 
 def check_7(m):

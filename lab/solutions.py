@@ -17,6 +17,10 @@ def room(V, K):
     return K
 
 
+def changed_by(keys, ninth):
+    return (keys @ ninth).abs() > 1e-4
+
+
 # 2. L * N tokens pass, and every one decays S.
 
 def log_alpha_for_half(L, N):
@@ -60,8 +64,12 @@ def evict(memory, eviction, L):
     return sleep.Memory(memory.S, [tuple(sleep.latest(x, keep) for x in c) for c in memory.cache], 0)
 
 
-def can_depend(eviction, S_emptied):
-    return eviction == "sliding" or not S_emptied
+def can_depend(eviction, S_emptied, N):
+    return N > 0 and (eviction == "sliding" or not S_emptied)
+
+
+def equal_parts():
+    return {"S"}                           # sleep empties the cache, and nothing is awake
 
 
 # 7. Windows in which nothing is predicted sleep, N passes each; the others take one.
