@@ -1535,6 +1535,54 @@ def test_an_error_of_the_program_is_not_shown_as_bad_input():
     raise AssertionError("the fault was hidden")
 
 
+def test_no_tensor_of_a_batch_a_step_or_an_evaluation_is_made_on_another_device():
+    """On torch's device without data, "meta", as on a GPU: a tensor of the CPU that slips in is refused."""
+    class Generator(torch.Generator):
+        def __new__(cls, device="cpu"):
+            return super().__new__(cls, "cpu")
+
+    def step(task, eviction):
+        task.args = task.device = "meta"
+        if hasattr(task, "lengths"):       # word problems keep their arrays on the device
+            task.args = args
+            task.__dict__.pop("training", None), task.__dict__.pop("test", None)
+        batches = task.make_batch(0), task.test if hasattr(task, "lengths") else task.make_batch(-1)
+        assert all(x.device.type == "meta" for batch in batches for x in batch)
+        cfg = Config(task.vocab_size, task.T, **{k: getattr(args, k) for k in sleep.MODEL_FLAGS if k not in (
+            "N", "eviction")}, N=2, eviction=eviction)
+        model = SleepLM(cfg).to("meta")
+        tokens, targets, *_ = batches[0]
+        silent = [False, *[True] * (targets.shape[1] - 1)]
+        model(tokens, targets, 2, silent)[1].backward()
+        for optimizer in sleep.make_optimizers(model, 0.1, 0.1):
+            optimizer.step()
+        with torch.no_grad():
+            assert model(*batches[1][:2], 1, [True, *[False] * (batches[1][1].shape[1] - 1)])[0].is_meta
+
+    with patched(torch, "Generator", Generator), patched(
+            torch, "autocast", lambda *_, **__: contextlib.nullcontext()):
+        for module, flags in ((train_ca, ""), (train_khop, "--preset gpu --batch_size 8"),
+                              (train_khop, "--preset paper --batch_size 2 --layout as"), (train_gsm, LAYOUTS[3])):
+            if module is train_gsm:
+                flags += f" --data {problem_folder().name}"
+            args = settings(module, flags)
+            task = TASKS[module](args, 0)
+            if module is train_gsm:
+                task.test, task.training                       # made, once
+            args.device = "meta"
+            for eviction in EVICTIONS:
+                step(task, eviction)
+        args = settings(train_ca)
+        task, args.device = tapes(), "meta"
+        with patched(train_ca, "evolve", lambda cells, rule, t: cells + torch.zeros(1, dtype=torch.long)):
+            try:
+                step(task, "hard")
+            except RuntimeError as e:
+                assert "meta" in str(e)
+            else:
+                raise AssertionError("a tensor of the CPU was not noticed")
+
+
 def test_a_step_as_it_is_trained_has_the_gradients_of_the_plain_step():
     status, text, err = run(gpu_check.main, [] if torch.cuda.is_available() else ["--no_compile"])
     assert status == 0 and "good: what is trained here" in text, err
