@@ -85,7 +85,7 @@ class Cycles:
         self.pad = -context % args.L                           # whole windows before the answers
         self.context = self.pad + context
         self.T = self.context + self.M * self.ask
-        self.test_k = ([2 ** i for i in range(self.K.bit_length())] if self.K > 4
+        self.test_k = ([2 ** i for i in range(self.K.bit_length())] if self.K > 8
                        else list(range(1, self.K + 1)))
         self.test = self.make_batch(-1)
         # The best guess without the edges: any node but the one that is asked about. (Fed answers
