@@ -1600,6 +1600,8 @@ def test_a_step_as_it_is_trained_has_the_gradients_of_the_plain_step():
     with patched(sleep, "make_gradients", forgetful):
         status, text, err = run(gpu_check.main, ["--no_compile"])
     assert status == 1 and "not good: hard eviction" in err and "mixer.k.weight" in text
+    status, _, err = run(gpu_check.main, ["--device", "mps"])
+    assert status == 2 and "invalid choice" in err and err.count("\n") == 1
 
 
 def test_a_script_refuses_bad_input_in_one_line_with_status_2():

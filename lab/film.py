@@ -7,13 +7,14 @@ The cycle, S of every head, a slider for the window and the pass; a click on a q
 model would say after every pass.
 """
 import json
+import re
 from pathlib import Path
 
 import sleep
 from lab import demo
 from lab.plot import parser
 
-PAGE = Path(__file__).with_name("film.html")
+PAGE = Path(__file__).with_name("sleep.html")          # a page is this one with another film
 
 
 def film(model, task, edges):
@@ -45,7 +46,7 @@ def main(argv=None):
         data = json.dumps(film(model, task, edges), separators=(",", ":"))
     except sleep.BadInput as e:
         p.error(e)
-    page = PAGE.read_text().replace("/* FILM */ null", data)
+    page = re.sub("(?m)^const film = .*$", lambda _: f"const film = {data};", PAGE.read_text())
     sleep.write(args.out, lambda path: path.write_text(page))
     print(f"saved: {args.out}, {len(page) / 1e3:.0f} kB; open it in a browser")
 

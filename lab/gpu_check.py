@@ -69,7 +69,8 @@ def compare(change, compile, device):
 
 def main(argv=None):
     p = parser(__doc__)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   choices=["cuda", "cpu"])
     p.add_argument("--no_compile", action="store_true", help="graphs alone: tells faults of capture apart")
     args = p.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
