@@ -1648,8 +1648,8 @@ def test_every_preset_makes_models_and_the_paper_presets_have_the_convolution_of
 # ------------------------------------------------------------------------------------------------
 # The lab
 
-def changed(carry="hS", think=1, detach=0, recall=False, every_pass=False, **kw):
-    return tiny(lambda cfg: experiments.Changed(cfg, carry, think, detach, recall, every_pass), **kw)
+def changed(carry="hS", think=1, detach=0, recall=False, guess=False, every_pass=False, **kw):
+    return tiny(lambda cfg: experiments.Changed(cfg, carry, think, detach, recall, guess, every_pass), **kw)
 
 
 def test_an_experiment_that_changes_nothing_is_algorithm_1():
@@ -1657,9 +1657,9 @@ def test_an_experiment_that_changes_nothing_is_algorithm_1():
     targets = targets_for(tokens, 3)
     logits, grads = gradients(tiny(N=3), tokens, targets)
     for change in (dict(), dict(carry="h"), dict(carry="S"), dict(think=2), dict(recall=True),
-                   dict(detach=1), dict(every_pass=True)):
+                   dict(guess=True), dict(detach=1), dict(every_pass=True)):
         other, other_grads = gradients(changed(N=3, **change), tokens, targets)
-        if {"carry", "think", "recall"} & {*change}:
+        if {"carry", "think", "recall", "guess"} & {*change}:
             assert (other - logits).abs().max() > 1e-3, change
             continue
         close(other, logits, 1e-12)                    # --detach, --every_pass: other gradients only
@@ -1681,8 +1681,8 @@ def test_carrying_S_without_h_is_a_replay_of_fixed_keys_and_values():
 
 def test_a_loss_after_every_pass_is_the_mean_of_the_losses_woken_then_weighted_by_the_pass():
     model, tokens = changed(every_pass=True, N=3), random_tokens(T=13)
-    targets = targets_for(tokens, 3)
-    losses = [tiny(N=n)(tokens, targets)[1] for n in (1, 2, 3)]
+    targets = targets_for(tokens, 3)                   # the last of two sleeps is woken from early
+    losses = [tiny(N=3)(tokens, targets, [3, n, 1])[1] for n in (1, 2, 3)]
     close(model(tokens, targets)[1], (losses[0] + 2 * losses[1] + 3 * losses[2]) / 6, 1e-12)
     with torch.no_grad():                              # a test asks after the last one
         close(model(tokens, targets)[1], losses[2], 1e-12)
@@ -1695,6 +1695,17 @@ def test_recall_adds_the_embeddings_to_h_of_length_one_before_every_pass_but_the
     h = h / (h.square().mean(-1, keepdim=True) + torch.finfo(h.dtype).eps).sqrt() + start
     _, S, _ = model.one_pass(h, S, model.empty_memory(3).cache, 0, 2)
     close(model.sleep(start, model.empty_memory(3)).S[1], S[1], 1e-12)
+
+
+def test_the_guess_is_fed_back_as_the_mean_of_the_embeddings_of_what_would_be_said():
+    model, tokens = changed(guess=True, N=2, layout="as"), random_tokens(T=5)
+    start, S = model.embed(tokens), model.empty_memory(3).S
+    h, S, _ = model.one_pass(start, S, model.empty_memory(3).cache, 0, 2)
+    said = (h * (h.square().mean(-1, keepdim=True) + torch.finfo(h.dtype).eps).rsqrt() * model.norm.weight
+            @ model.head.weight.T).exp()
+    h = h + torch.einsum("btv,vd->btd", said / said.sum(-1, keepdim=True), model.embed.weight)
+    _, S, _ = model.one_pass(h, S, model.empty_memory(3).cache, 0, 2)
+    close(model.sleep(start, model.empty_memory(3)).S[1], S[1], 1e-10)
 
 
 def test_thinking_longer_in_the_answer_window_does_not_see_the_labels():
@@ -1722,8 +1733,18 @@ def test_a_pass_costs_the_same_flop_every_time_and_an_answer_does_not_pay_for_it
     d, B, cells = 16, 8, 16
     matrices = 2 * (4 + 8 + 8) * d * d + 2 * (d * d + 2 * 2 * d)   # q k v o up down; z and alpha, beta
     assert c - b > 3 * B * cells * matrices * 0.99     # forward, and twice that backward
-    drawn = experiments.flop(run(3, any_N=True))
-    assert a < drawn < c                               # what was really passed
+    drawn, grown = (experiments.flop(run(3, **kw)) for kw in (dict(any_N=True), dict(grow_N=1.0)))
+    assert a < drawn < c and a < grown < c             # what was really passed
+    assert experiments.flop(run(3, grow_N=1.0), 1) == experiments.flop(run(1), 1)
+
+
+def test_N_grows_from_one_to_all_over_the_first_share_of_the_steps():
+    *known, Task = experiments.load_task("khop")
+    args = sleep.parse(*known, shlex.split("--device cpu --steps 1000 --grow_N 0.6"))[1]
+    draw_N = Task(args, 0).draw_N
+    N = [draw_N(step, 3) for step in range(1000)]
+    assert N[:333] == [1] * 333 and N[600:] == [3] * 400 and N == sorted(N)
+    assert 0.7 < sum(N) / 3000 < 0.74                  # 28 % fewer passes
 
 
 def test_the_ladder_climbs_from_a_hebbian_write_to_a_pass_that_buys_a_hop():

@@ -2,14 +2,16 @@
 
     python -m lab.experiments                            the list of experiments
     python -m lab.experiments iterated --seed 0 1 2      run one; further flags are for all its runs
-    python -m lab.experiments other_N --any_N --help     all flags; these six are of this file:
+    python -m lab.experiments other_N --any_N --help     all flags; these eight are of this file:
 
     --carry hS, h or S   what a pass of a sleep hands to the next; without S the last pass writes it
     --think n            passes over an answer window
     --detach n           gradients pass through the last n passes of a sleep only, and skip the rest
     --recall             before every pass but the first, h <- rms_norm(h) + embeddings
-    --every_pass         train on the answers after every pass n, with weight n
+    --guess              before every pass but the first, h <- h + the embedding of what it would say
+    --every_pass         train on the answers after every pass n of the last sleep, with weight n
     --any_N              draw N anew for every training step, from 1 to --N
+    --grow_N x           let N grow from 1 to --N over the first share x of the training
 
 Runs are kept in out/experiments/ and shared: what one experiment has finished, no other one runs
 again. An experiment's file NAME-FLAGS.json holds its runs, and their cost in TFLOP; NAME-FLAGS.png
@@ -17,6 +19,7 @@ shows them. The preset is cpu, if no flag says otherwise.
 """
 import importlib
 import json
+import math
 import random
 import re
 import shlex
@@ -42,13 +45,16 @@ from lab.plot import (METRICS, TASKS, case_words, figure, legend, load_runs, pan
 FOLDER = Path("out/experiments")
 MODULES = dict(ca=("train_ca", "Tapes"), khop=("train_khop", "Cycles"),
                gsm=("train_gsm", "Problems"))
-OWN = dict(carry="hS", think=1, detach=0, recall=False, every_pass=False, any_N=False)
+OWN = dict(carry="hS", think=1, detach=0, recall=False, guess=False, every_pass=False, any_N=False,
+           grow_N=0.0)
 HELP = dict(carry="what a pass of a sleep hands to the next: hS, h or S",
             think="passes over an answer window",
             detach="gradients pass through the last so many passes of a sleep only; 0: through all",
             recall="before every pass but the first, h <- rms_norm(h) + embeddings",
-            every_pass="train on the answers after every pass n of a sleep, with weight n",
-            any_N="draw N anew for every training step, from 1 to --N")
+            guess="before every pass but the first, h <- h + the embedding of what it would say",
+            every_pass="train on the answers after every pass n of the last sleep, with weight n",
+            any_N="draw N anew for every training step, from 1 to --N",
+            grow_N="first share of the steps, in which N grows from 1 to --N")
 
 
 class Row(NamedTuple):
@@ -105,6 +111,12 @@ EXPERIMENTS = {
     "other_N": Row("khop", "What if N is another one at the test?", {
         "--N 4": "trained with N = 4", "--N 4 --any_N": "trained with N drawn from 1 to 4"},
         "lines", (1, 2, 3, 4, 6, 8, 12, 16)),
+    "levers": Row("khop", "What helps a sleep of three passes, at the compute of the preset?", {
+        "--N 3": "the preset", "--N 3 --grow_N 0.6 --steps 1575": "N grows",
+        "--N 3 --recall": "recall and an outer norm", "--N 3 --guess --steps 1185": "the guess fed back",
+        "--N 3 --every_pass --steps 780": "a loss after each pass",
+        "--N 3 --every_pass --recall --grow_N 0.6 --steps 1130": "all but the guess"},
+        "bars", (3, 4, 6, 8)),
     "ca_splits": Row("ca", "Do three passes learn more of Rule 110?", times(
         {f"--split {x} --seed {x}": f"split and seed {x}" for x in (0, 1, 2)}, ONE_OR_THREE)),
     "ca_compute": Row("ca", "Is it just compute?", {
@@ -124,24 +136,31 @@ EXPERIMENTS = {
 class Changed(sleep.SleepLM):
     """A SleepLM with what the flags of this file change; hard eviction, all blocks looped."""
 
-    def __init__(self, cfg, carry, think, detach, recall, every_pass):
+    def __init__(self, cfg, carry, think, detach, recall, guess, every_pass):
         super().__init__(cfg)
         self.carry, self.think, self.detach = carry, think, detach
-        self.recall, self.every_pass = recall, every_pass
+        self.recall, self.guess, self.every_pass = recall, guess, every_pass
 
     def sleep(self, h, memory, N=None):
+        return self.after_each_pass(h, memory, self.cfg.N if N is None else N)[-1]
+
+    def after_each_pass(self, h, memory, N):
+        """What is left if the model is woken after 0, 1, ..., N passes over a window."""
         self.check(h, memory, asleep=True)
-        N, start, S = self.cfg.N if N is None else N, h, memory.S
+        start, S, after = h, memory.S, [self.evict(memory)]
         skip = lambda now, then: None if now is None else now.detach() + then - then.detach()
         for n in range(N):
             if self.detach and n and n == N - self.detach:     # numbers of now, gradients of then
                 h, S = skip(h, start), [skip(*pair) for pair in zip(S, memory.S)]
             if self.recall and n:
                 h = F.rms_norm(h, h.shape[-1:]) + start
+            if self.guess and n:
+                h = h + self.head(self.norm(h)).softmax(-1) @ self.embed.weight
             refined, written, _ = self.one_pass(h, S, memory.cache, 0, len(self.blocks))
             h = refined if "h" in self.carry else h
-            S = written if "S" in self.carry or n == N - 1 else S
-        return self.evict(sleep.Memory(S, memory.cache, 0))
+            S = written if "S" in self.carry else S
+            after.append(self.evict(sleep.Memory(written, memory.cache, 0)))
+        return after
 
     def wake(self, h, memory):
         self.check(h, memory)
@@ -151,11 +170,23 @@ class Changed(sleep.SleepLM):
         return self.head(self.norm(h)), sleep.Memory(S, cache, awake)
 
     def forward(self, tokens, targets, N=None, silent=None):
-        N, sleep_and_wake = self.cfg.N if N is None else N, super().forward
+        N, (B, M), L = self.cfg.N if N is None else N, targets.shape, self.cfg.L
         if not (self.every_pass and torch.is_grad_enabled()):
-            return sleep_and_wake(tokens, targets, N, silent)
-        runs = [sleep_and_wake(tokens, targets, n, silent) for n in range(1, N + 1)]
-        return runs[-1][0], sum(n * loss for n, (_, loss) in enumerate(runs, 1)) * 2 / (N * (N + 1))
+            return super().forward(tokens, targets, N, silent)
+        T, memories = tokens.shape[1], [self.empty_memory(B)] * N
+        silent, logits = [True] * (T - M) + (silent or (targets < 0).all(0).tolist()), []
+        for i, window in enumerate(tokens.split(L, 1)):        # as in SleepLM, for N memories
+            h, out = self.embed(window), self.head.weight.new_zeros(N, *window.shape, len(self.head.weight))
+            if all(silent[i * L:(i + 1) * L]):
+                memories = self.after_each_pass(h, memories[-1], N)[1:]
+            else:
+                woken = [self.wake(h, memory) for memory in memories]
+                out = torch.stack([said for said, _ in woken])
+                memories = [self.evict(memory) for _, memory in woken]
+            logits.append(out)
+        logits = torch.cat(logits, 2)[:, :, -M:]               # (N, B, M, vocab)
+        losses = [F.cross_entropy(x.flatten(0, 1), targets.flatten(), ignore_index=-1) for x in logits]
+        return logits[-1], sum(n * loss for n, loss in enumerate(losses, 1)) * 2 / (N * (N + 1))
 
     def stream(self, tokens, state=None):
         raise ValueError("a changed model does not stream: its sleep begins with a whole window.")
@@ -166,7 +197,7 @@ def changed(Task):
     class ChangedTask(Task):
         def __init__(self, args, seed):
             super().__init__(args, seed)
-            change = {flag: getattr(args, flag) for flag in OWN if flag != "any_N"}
+            change = {flag: getattr(args, flag) for flag in OWN if flag not in ("any_N", "grow_N")}
             said = " ".join(f"--{flag} {value}" for flag, value in change.items())
             if args.carry not in ("hS", "h", "S") or args.think < 1 or args.detach < 0:
                 raise sleep.BadInput(f"{said}: --carry is hS, h or S, --think at least 1, and "
@@ -178,8 +209,15 @@ def changed(Task):
                 if args.eviction != "hard" or tuple(args.loop) not in ((), (0, len(args.layout))):
                     raise sleep.BadInput(f"{said}: these take hard eviction and all blocks looped.")
                 self.model = partial(Changed, **change)
+            if not 0 <= args.grow_N <= 1 or (args.grow_N and args.any_N):
+                raise sleep.BadInput(f"--grow_N {args.grow_N} must be a share of the steps, from 0 to 1, "
+                                     "and not come with --any_N.")
+            growing = args.grow_N * args.steps
             if args.any_N:
                 self.draw_N = lambda step, N: random.Random(seed * 10 ** 9 + step).randint(1, N)
+            elif growing:                  # arXiv 2511.07384: slowly at first
+                self.draw_N = lambda step, N: max(1, math.ceil(
+                    N * (1 - math.sqrt(1 - min(1, step / growing)))))
     return ChangedTask
 
 
@@ -191,10 +229,11 @@ def load_task(name):
     return module.__doc__, presets, module.FLAGS | HELP, changed(getattr(module, Task))
 
 
-def flop(run):
-    """FLOP of a training step of a run, the mean of ten; rebuilt from its settings.
+def flop(run, steps=None):
+    """FLOP of the training of a run, or of its first `steps` steps; rebuilt from its settings.
 
-    One sequence of a batch is counted, on the CPU. Of the word problems only a few are made.
+    A hundred steps are counted, one sequence of their batch, on the CPU. Of the word problems only a
+    few are made.
     """
     *_, Task = load_task(run["task"])
     with tempfile.TemporaryDirectory() as data, redirect_stdout(None):
@@ -203,12 +242,15 @@ def flop(run):
         task = Task(Namespace(**s | few), s["seed"])
         cfg = sleep.Config(task.vocab_size, task.T, **{k: s[k] for k in sleep.MODEL_FLAGS})
         model, draw_N = getattr(task, "model", sleep.SleepLM)(cfg), getattr(task, "draw_N", None)
-        batches = [(task.make_batch(step), draw_N(step, cfg.N) if draw_N else cfg.N) for step in range(10)]
+        steps = s["steps"] if steps is None else steps
+        sample = range(0, steps, max(1, steps // 100))
+        batches = [(task.make_batch(step), draw_N(step, cfg.N) if draw_N else cfg.N) for step in sample]
     costs = {}                             # steps of the same shape cost the same
     for (tokens, targets, *_), N in batches:
         shape = tokens.shape, N
         costs[shape] = costs.get(shape) or count_flop(model, tokens, targets, N)
-    return s["batch_size"] * sum(costs[batch[0].shape, N] for batch, N in batches) / len(batches)
+    mean = sum(costs[batch[0].shape, N] for batch, N in batches) / len(batches)
+    return s["batch_size"] * steps * mean
 
 
 # ------------------------------------------------------------------------------------------------
@@ -282,7 +324,7 @@ def run(row, argv, name, draw):
         task_flags = {*importlib.import_module(MODULES[row.task][0]).FLAGS, "L", "device"}
         of_task = tuple((flag, json.dumps(getattr(args, flag))) for flag in sorted(task_flags))
         more = dict(flags=condition, label=row.conditions[condition], baseline=baseline(row.task, of_task),
-                    tflop=flop(group[0]) * group[0]["steps"] / 1e12)
+                    tflop=flop(group[0]) / 1e12)
         runs += [one | more for one in group]
     out = FOLDER / re.sub("[^a-zA-Z0-9_.]+", "-", " ".join([name, *argv])).strip("-")
     json_file, png = (out.with_name(out.name + end) for end in (".json", ".png"))

@@ -84,8 +84,8 @@ def cost(row, argv):
     doc, presets, flags, Task = experiments.load_task(row.task)
     for condition, args, *_ in todo:
         for task, cfg, settings in sleep.plan(args, Task):
-            step = experiments.flop(dict(task=row.task, seed=settings["seed"], settings=settings))
-            total += step * args.steps
+            flop = experiments.flop(dict(task=row.task, seed=settings["seed"], settings=settings))
+            step, total = flop / args.steps, total + flop
             rate = rate or step / seconds_of_a_step(task, cfg, settings, step)
     return total, total / rate
 
