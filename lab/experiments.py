@@ -44,7 +44,7 @@ from lab.plot import (METRICS, TASKS, case_words, figure, legend, load_runs, pan
 
 FOLDER = Path("out/experiments")
 MODULES = dict(ca=("train_ca", "Tapes"), khop=("train_khop", "Cycles"),
-               gsm=("train_gsm", "Problems"))
+               gsm=("train_gsm", "Problems"), forest=("lab.forest", "Forests"))
 OWN = dict(carry="hS", think=1, detach=0, recall=False, guess=False, every_pass=False, any_N=False,
            grow_N=0.0)
 HELP = dict(carry="what a pass of a sleep hands to the next: hS, h or S",
