@@ -25,6 +25,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sleep
 import train_ca
@@ -1535,12 +1537,25 @@ def test_an_error_of_the_program_is_not_shown_as_bad_input():
     raise AssertionError("the fault was hidden")
 
 
-def test_no_tensor_of_a_batch_a_step_or_an_evaluation_is_made_on_another_device():
-    """On torch's device without data, "meta", as on a GPU: a tensor of the CPU that slips in is refused."""
+@contextlib.contextmanager
+def device_without_data():
+    """torch's "meta" in the place of a GPU: a tensor of the CPU that slips in is refused."""
     class Generator(torch.Generator):
         def __new__(cls, device="cpu"):
             return super().__new__(cls, "cpu")
 
+    class OneDevice(TorchDispatchMode):    # "meta" alone would take indices of the CPU
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            there = {x.device.type for x in tree_leaves((args, kwargs)) if torch.is_tensor(x) and x.ndim}
+            assert len(there) < 2 or f.overloadpacket == torch.ops.aten.copy_, f"{f} of {there}"
+            return f(*args, **kwargs)
+    with patched(torch, "Generator", Generator), OneDevice(), patched(
+            torch, "autocast", lambda *_, **__: contextlib.nullcontext()):
+        yield
+
+
+def test_no_tensor_of_a_batch_a_step_or_an_evaluation_is_made_on_another_device():
     def step(task, eviction):
         task.args = task.device = "meta"
         if hasattr(task, "lengths"):       # word problems keep their arrays on the device
@@ -1559,8 +1574,7 @@ def test_no_tensor_of_a_batch_a_step_or_an_evaluation_is_made_on_another_device(
         with torch.no_grad():
             assert model(*batches[1][:2], 1, [True, *[False] * (batches[1][1].shape[1] - 1)])[0].is_meta
 
-    with patched(torch, "Generator", Generator), patched(
-            torch, "autocast", lambda *_, **__: contextlib.nullcontext()):
+    with device_without_data():
         for module, flags in ((train_ca, ""), (train_khop, "--preset gpu --batch_size 8"),
                               (train_khop, "--preset paper --batch_size 2 --layout as"), (train_gsm, LAYOUTS[3])):
             if module is train_gsm:
@@ -1577,10 +1591,22 @@ def test_no_tensor_of_a_batch_a_step_or_an_evaluation_is_made_on_another_device(
         with patched(train_ca, "evolve", lambda cells, rule, t: cells + torch.zeros(1, dtype=torch.long)):
             try:
                 step(task, "hard")
-            except RuntimeError as e:
+            except (AssertionError, RuntimeError) as e:
                 assert "meta" in str(e)
             else:
-                raise AssertionError("a tensor of the CPU was not noticed")
+                raise LookupError("a tensor of the CPU was not noticed")
+
+
+def test_no_tensor_of_the_benchmark_is_made_on_another_device():
+    forward, timed = SleepLM.forward, lambda f, *_: (f(), (1.0, 0.0))[1]
+    parts = (benchmark.bench_rule, benchmark.bench_N, benchmark.bench_L, benchmark.bench_wake)
+    with (device_without_data(), patched(benchmark, "timed", timed), patched(torch.Tensor, "item", lambda x: 1.0),
+          patched(benchmark, "count_flop", lambda *_: 1), patched(torch.Tensor, "cpu", lambda x: x),
+          patched(SleepLM, "forward", lambda self, x, y, N, _=None: forward(self, x, y, N, [False] * y.shape[1]))):
+        for part in parts:
+            with contextlib.redirect_stdout(None):
+                rows = part("meta", True, False, 0.0)
+            assert rows and not any("failed" in row for row in rows), part
 
 
 def test_a_step_as_it_is_trained_has_the_gradients_of_the_plain_step():
