@@ -2,13 +2,16 @@
 
 Three trees of equal size; every node points to its parent, a root to itself. The edges stand in random
 order in one window, and are evicted; then each node is asked for: which root does it lead to? Knowing
-the roots alone, one guess in three is right. In training no node lies deeper than `depth` edges, in the
-test up to `test_depth`: a model that steps from parent to parent can go on for as long as it sleeps.
+the roots alone, one guess in three is right. (So training has other numbers of trees, too: of twelve
+roots guessing one does not pay.) In training no node lies deeper than `depth` edges, in the test up to
+`test_depth`: a model that steps from parent to parent can go on for as long as it sleeps.
 
     3 1  1 1  0 3  2 2  4 0  5 2 ..   | 4 0 5 ..       edges (node, parent), questions; answers 1 1 2 ..
 
     python -m lab.forest                   train with up to 4 passes, test with up to 16
 """
+import random
+
 import torch
 
 import sleep
@@ -41,27 +44,31 @@ class Forests:
 
     def make_batch(self, step):
         """Step -> tokens (B, T), targets (B, nodes), depths (B, nodes) of what is asked; -1: the test."""
-        args, test, n = self.args, step < 0, self.args.size
+        args, test, nodes = self.args, step < 0, self.nodes
+        few = [trees for trees in range(3, nodes // 2 + 1) if nodes % trees == 0]
+        trees = 3 if test else random.Random(self.seed * 10 ** 9 + step).choice(few)
+        n = nodes // trees                                     # nodes of a tree
         g = torch.Generator(args.device).manual_seed(0 if test else self.seed * 10 ** 9 + step + 1)
         rand = lambda *shape: torch.rand(*shape, generator=g, device=args.device)
         B, growing = (1024 if test else args.batch_size), args.deeper * args.steps
         deepest = args.test_depth if test else args.depth
         if not test and step < growing:
             deepest = 1 + int(deepest * step / growing)
+        deepest = min(deepest, n - 1)
         # In each tree nodes 0 to D are a path; the others hang on any node before them above depth D.
-        D = 1 + (rand(B, 1) * deepest).long().expand(B, 3)                     # (B, 3)
-        parent = torch.zeros(B, 3, n, dtype=torch.long, device=args.device)    # (B, 3, n)
+        D = 1 + (rand(B, 1) * deepest).long().expand(B, trees)                 # (B, trees)
+        parent = torch.zeros(B, trees, n, dtype=torch.long, device=args.device)
         depth = torch.zeros_like(parent)
         for i in range(1, n):
-            fits = rand(B, 3, i) * (depth[..., :i] < D[..., None])
+            fits = rand(B, trees, i) * (depth[..., :i] < D[..., None])
             parent[..., i] = torch.where(i <= D, i - 1, fits.argmax(-1))
             depth[..., i] = 1 + depth.gather(2, parent[..., i:i + 1]).squeeze(-1)
-        tree = torch.arange(3, device=args.device)[:, None] * n                # (3, 1)
-        name = rand(B, 3 * n).argsort(1)                                       # of node n * tree + i
-        parent = name.gather(1, (parent + tree).flatten(1))
-        root = name.gather(1, tree.expand(3, n).flatten().expand(B, -1))
-        edges = torch.stack([name, parent], -1)                                # (B, 3 n, 2)
-        order, asked = rand(B, 3 * n).argsort(1), rand(B, 3 * n).argsort(1)
+        first = torch.arange(trees, device=args.device)[:, None] * n           # (trees, 1)
+        name = rand(B, nodes).argsort(1)                                       # of node first + i
+        parent = name.gather(1, (parent + first).flatten(1))
+        root = name.gather(1, first.expand(trees, n).flatten().expand(B, -1))
+        edges = torch.stack([name, parent], -1)                                # (B, nodes, 2)
+        order, asked = rand(B, nodes).argsort(1), rand(B, nodes).argsort(1)
         edges = edges.gather(1, order[..., None].expand_as(edges)).flatten(1)
         tokens = torch.cat([edges, name.gather(1, asked)], 1)
         return tokens, root.gather(1, asked), depth.flatten(1).gather(1, asked)
