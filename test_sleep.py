@@ -1734,6 +1734,22 @@ def test_the_guess_is_fed_back_as_the_mean_of_the_embeddings_of_what_would_be_sa
     close(model.sleep(start, model.empty_memory(3)).S[1], S[1], 1e-10)
 
 
+def test_of_two_mixers_side_by_side_both_speak_and_only_the_fast_weights_remember():
+    model, tokens = tiny(experiments.Hymba, layout="aa"), random_tokens(T=12)
+    both = model(tokens, targets_for(tokens, 2))[0]
+    past = tokens.clone()
+    past[:, 0] = (tokens[:, 0] + 1) % 7                # in a window that sleeps and is evicted
+    for mixer in ("mixer", "fast"):
+        outputs = [getattr(block, mixer).o for block in model.blocks]
+        kept = [o.weight.detach().clone() for o in outputs]
+        with torch.no_grad():
+            [o.weight.zero_() for o in outputs]
+            alone, other = (model(x, targets_for(tokens, 2))[0] for x in (tokens, past))
+            assert (alone - both).abs().max() > 1e-3
+            assert torch.equal(alone, other) == (mixer == "fast")      # only fast weights remember
+            [o.weight.copy_(weight) for o, weight in zip(outputs, kept)]
+
+
 def test_thinking_longer_in_the_answer_window_does_not_see_the_labels():
     model, tokens = changed(think=3, N=1), random_tokens(T=14)
     before = model(tokens, targets_for(tokens, 4))[0]

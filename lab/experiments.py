@@ -2,7 +2,7 @@
 
     python -m lab.experiments                            the list of experiments
     python -m lab.experiments iterated --seed 0 1 2      run one; further flags are for all its runs
-    python -m lab.experiments other_N --any_N --help     all flags; these eight are of this file:
+    python -m lab.experiments other_N --any_N --help     all flags; these nine are of this file:
 
     --carry hS, h or S   what a pass of a sleep hands to the next; without S the last pass writes it
     --think n            passes over an answer window
@@ -10,6 +10,7 @@
     --recall             before every pass but the first, h <- rms_norm(h) + embeddings
     --guess              before every pass but the first, h <- h + the embedding of what it would say
     --every_pass         train on the answers after every pass n of the last sleep, with weight n
+    --parallel           attention and fast weights side by side in every block (layout a, aa, ...)
     --any_N              draw N anew for every training step, from 1 to --N
     --grow_N x           let N grow from 1 to --N over the first share x of the training
 
@@ -45,14 +46,15 @@ from lab.plot import (METRICS, TASKS, case_words, figure, legend, load_runs, pan
 FOLDER = Path("out/experiments")
 MODULES = dict(ca=("train_ca", "Tapes"), khop=("train_khop", "Cycles"),
                gsm=("train_gsm", "Problems"), forest=("lab.forest", "Forests"))
-OWN = dict(carry="hS", think=1, detach=0, recall=False, guess=False, every_pass=False, any_N=False,
-           grow_N=0.0)
+OWN = dict(carry="hS", think=1, detach=0, recall=False, guess=False, every_pass=False,
+           parallel=False, any_N=False, grow_N=0.0)
 HELP = dict(carry="what a pass of a sleep hands to the next: hS, h or S",
             think="passes over an answer window",
             detach="gradients pass through the last so many passes of a sleep only; 0: through all",
             recall="before every pass but the first, h <- rms_norm(h) + embeddings",
             guess="before every pass but the first, h <- h + the embedding of what it would say",
             every_pass="train on the answers after every pass n of the last sleep, with weight n",
+            parallel="attention and fast weights side by side in every block, as in Hymba",
             any_N="draw N anew for every training step, from 1 to --N",
             grow_N="first share of the steps, in which N grows from 1 to --N")
 
@@ -117,6 +119,16 @@ EXPERIMENTS = {
         "--N 3 --every_pass --steps 780": "a loss after each pass",
         "--N 3 --every_pass --recall --grow_N 0.6 --steps 1130": "all but the guess"},
         "bars", (3, 4, 6, 8)),
+    "layouts": Row("khop", "Which hybrid, with and without sleep, at the same compute?", {
+        f"--N {N} {flags} --steps {steps}": f"{words}, {N} pass{'es' * (N > 1)}"
+        for flags, words, *costs in (
+            ("--layout aa --eviction sliding", "transformer, sliding window", 2900, 1380),
+            ("--layout as --eviction sliding", "in turn, sliding window (Samba)", 2570, 1190),
+            ("--layout aa --parallel --eviction sliding", "side by side, sliding window (Hymba)", 1710, 800),
+            ("--layout aa --parallel", "side by side, hard eviction", 1775, 815),
+            ("--layout ss", "SSM only, hard eviction", 2250, 1040),
+            ("--layout as", "in turn, hard eviction (the preset)", 2600, 1200))
+        for N, steps in zip((1, 3), costs)}),
     "ca_splits": Row("ca", "Do three passes learn more of Rule 110?", times(
         {f"--split {x} --seed {x}": f"split and seed {x}" for x in (0, 1, 2)}, ONE_OR_THREE)),
     "ca_compute": Row("ca", "Is it just compute?", {
@@ -132,6 +144,44 @@ EXPERIMENTS = {
 
 # ------------------------------------------------------------------------------------------------
 # Algorithm 1 with one thing changed
+
+class SideBySide(sleep.Block):
+    """Attention and fast weights read the same tokens; their outputs are normed and averaged (Hymba)."""
+
+    def __init__(self, cfg):
+        super().__init__("a", cfg)
+        self.fast = sleep.UPDATE_RULES[cfg.update_rule](cfg)
+        self.norm_a, self.norm_s = (torch.nn.RMSNorm(cfg.d_model) for _ in range(2))
+
+    def forward(self, h, S, cache):
+        tail, *kv = cache
+        x = self.norm1(h)
+        if self.conv is not None:
+            x, tail = self.conv(x, tail)
+        a, *kv = self.mixer(x, *kv)
+        s, S = self.fast(x, S)
+        h = h + (self.norm_a(a) + self.norm_s(s)) / 2
+        h = h + self.down(F.relu(self.up(self.norm2(h))).square())
+        return h, S, (tail, *kv)
+
+
+class Hymba(sleep.SleepLM):
+    """Every block is SideBySide."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.blocks = torch.nn.ModuleList(SideBySide(cfg) for _ in cfg.layout)
+        for m in self.blocks.modules():    # as in SleepLM
+            if isinstance(m, torch.nn.Linear):
+                torch.nn.init.normal_(m.weight, std=m.in_features ** -0.5)
+            elif isinstance(m, sleep.ShortConv):
+                torch.nn.init.normal_(m.weight, std=0.5)
+
+    def empty_memory(self, B):
+        cfg, K = self.cfg, self.cfg.d_model // self.cfg.n_head
+        S = [self.embed.weight.new_zeros(B, cfg.n_head, K, K) for _ in cfg.layout]
+        return super().empty_memory(B)._replace(S=S)
+
 
 class Changed(sleep.SleepLM):
     """A SleepLM with what the flags of this file change; hard eviction, all blocks looped."""
@@ -197,7 +247,8 @@ def changed(Task):
     class ChangedTask(Task):
         def __init__(self, args, seed):
             super().__init__(args, seed)
-            change = {flag: getattr(args, flag) for flag in OWN if flag not in ("any_N", "grow_N")}
+            change = {flag: getattr(args, flag) for flag in OWN
+                      if flag not in ("parallel", "any_N", "grow_N")}
             said = " ".join(f"--{flag} {value}" for flag, value in change.items())
             if args.carry not in ("hS", "h", "S") or args.think < 1 or args.detach < 0:
                 raise sleep.BadInput(f"{said}: --carry is hS, h or S, --think at least 1, and "
@@ -209,6 +260,11 @@ def changed(Task):
                 if args.eviction != "hard" or tuple(args.loop) not in ((), (0, len(args.layout))):
                     raise sleep.BadInput(f"{said}: these take hard eviction and all blocks looped.")
                 self.model = partial(Changed, **change)
+            if args.parallel:
+                if {*args.layout} != {"a"} or hasattr(self, "model"):
+                    raise sleep.BadInput(f"--parallel --layout {args.layout}: every block has both then. Take "
+                                         "a layout of a only, and none of the other changes to the model.")
+                self.model = Hymba
             if not 0 <= args.grow_N <= 1 or (args.grow_N and args.any_N):
                 raise sleep.BadInput(f"--grow_N {args.grow_N} must be a share of the steps, from 0 to 1, "
                                      "and not come with --any_N.")
