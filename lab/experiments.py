@@ -129,6 +129,11 @@ EXPERIMENTS = {
             ("--layout ss", "SSM only, hard eviction", 2250, 1040),
             ("--layout as", "in turn, hard eviction (the preset)", 2600, 1200))
         for N, steps in zip((1, 3), costs)}),
+    "roots": Row("forest", "Asleep for longer than in training: deeper answers?", {
+        "--N 4": "recall, a loss a pass, growing N", "--N 4 --no-recall": "without recall",
+        "--N 4 --no-every_pass": "without the loss a pass", "--N 4 --grow_N 0": "N does not grow",
+        "--N 4 --no-recall --no-every_pass --grow_N 0": "none of these"},
+        "heat", (1, 2, 3, 4, 6, 8, 12, 16)),
     "ca_splits": Row("ca", "Do three passes learn more of Rule 110?", times(
         {f"--split {x} --seed {x}": f"split and seed {x}" for x in (0, 1, 2)}, ONE_OR_THREE)),
     "ca_compute": Row("ca", "Is it just compute?", {
@@ -281,7 +286,7 @@ def load_task(name):
     """Docstring, presets, flags and class of a task, with the flags of this file."""
     module, Task = MODULES[name]
     module = importlib.import_module(module)
-    presets = {preset: values | OWN for preset, values in module.PRESETS.items()}
+    presets = {preset: OWN | values for preset, values in module.PRESETS.items()}
     return module.__doc__, presets, module.FLAGS | HELP, changed(getattr(module, Task))
 
 
@@ -325,15 +330,15 @@ def folder(task, args, default):
 
 @cache
 def baseline(task, settings):
-    """The best that is got without sleep: in words, and its metrics. Of k hops it is the guess.
+    """The best that is got without sleep: in words, and its metrics. Of k hops and roots it is a guess.
 
     settings: (flag, value as json) of the task.
     """
     module, Task = MODULES[task]
     settings = {flag: json.loads(value) for flag, value in settings}
     task = getattr(importlib.import_module(module), Task)(Namespace(batch_size=1, steps=1, **settings), 0)
-    if task.name == "khop":
-        return dict(words="constant guess", **task.chance)
+    if task.name in ("khop", "forest"):
+        return dict(words="constant guess" if task.name == "khop" else "one of the roots", **task.chance)
     if task.name == "ca":
         found = baselines.ca(task) if task.W <= 20 else {"constant guess": task.chance}
     else:                                  # (the readers of sentences know what is to be learned)

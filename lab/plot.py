@@ -17,6 +17,7 @@ import sleep
 TASKS = {                                  # in words: the task, one case of it, its settings
     "ca": ("Cellular automaton", "", dict(rule="rule {}", t="steps asked for: {}", W="{} cells")),
     "khop": ("Hops along a shuffled cycle", "hop", dict(nodes="{} nodes")),
+    "forest": ("Roots of three trees", "edge", dict(size="{} nodes each", depth="trained up to depth {}")),
     "gsm": ("Word problems", "read", dict(p="numbers modulo {}", reads="chains of up to {} reads")),
 }
 METRICS = dict(exact="exact: every bit right", bit="bit: share of bits right",
