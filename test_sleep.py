@@ -33,7 +33,7 @@ import train_ca
 import train_gsm
 import train_khop
 from lab import (baselines, benchmark, demo, exercises, experiments, figures, film, gpu_check, ladder,
-                 plot, solutions, swaps)
+                 plot, record, solutions, swaps, wake)
 from sleep import Config, SleepLM
 
 HERE = Path(__file__).parent
@@ -1756,6 +1756,54 @@ def test_thinking_longer_in_the_answer_window_does_not_see_the_labels():
     tokens[:, 12] = (tokens[:, 12] + 1) % 7
     after = model(tokens, targets_for(tokens, 4))[0]
     assert torch.equal(before[:, :2], after[:, :2]) and (before[:, 2] - after[:, 2]).abs().max() > 1e-6
+
+
+def forests(flags=""):
+    *known, Task = experiments.load_task("forest")
+    return Task(sleep.parse(*known, shlex.split(f"--device cpu --batch_size 32 {flags}"))[1], 0)
+
+
+def test_a_walker_finds_every_root_and_training_has_no_deeper_node_than_it_says():
+    task = forests("--steps 100")
+    batches = {"test": task.test} | {step: task.make_batch(step) for step in (0, 5, 20, 60, 61, 62, 63)}
+    trees = {name: set() for name in batches}
+    for name, (tokens, roots, depths) in batches.items():
+        for row, answers, deep in zip(tokens.tolist(), roots.tolist(), depths.tolist()):
+            parent = dict(zip(row[:48:2], row[1:48:2]))
+            assert sorted(parent) == sorted(row[48:]) == list(range(24))       # each is told, and asked for
+            walk = lambda x: 0 if parent[x] == x else 1 + walk(parent[x])
+            top = lambda x: x if parent[x] == x else top(parent[x])
+            assert [top(x) for x in row[48:]] == answers and [*map(walk, row[48:])] == deep
+            sizes = {answers.count(root) for root in answers}
+            assert len(sizes) == 1         # trees of equal size: a count of names says nothing
+            trees[name].add(24 // sizes.pop())
+        assert depths.max() == {0: 1, 5: 1, "test": 7}.get(name, min(3, 24 // min(trees[name]) - 1))
+    assert trees["test"] == {3} and set.union(*trees.values()) <= {3, 4, 6, 8, 12} != trees["test"]
+    assert {len(x) for x in trees.values()} == {1}
+    assert torch.equal(task.make_batch(60)[0], batches[60][0])                 # from seed and step alone
+    named = task.score(*task.test[:2], F.one_hot(task.test[1], 24), task.test[2])["accuracy"]
+    assert named == {str(d): 1.0 for d in range(1, 8)} == {d: 3 * x for d, x in task.chance["accuracy"].items()}
+
+
+def test_a_model_arrives_at_the_second_of_two_good_evaluations_in_a_row():
+    entries = lambda *values: dict(curve=[dict(step=i, accuracy={"3": x}) for i, x in enumerate(values)])
+    assert record.arrived(entries(0.2, 0.95, 0.8, 0.9, 0.93, 0.99))["step"] == 4
+    assert record.arrived(entries(0.2, 0.95, 0.8, 0.95)) is None
+
+
+def test_a_sleep_that_is_watched_is_the_sleep_and_stops_where_a_pass_moves_too_little():
+    task = forests("--size 2 --depth 1 --test_depth 1 --L 12")
+    cfg = Config(task.vocab_size, task.T, L=12, N=2, layout="as", d_model=16, n_head=2)
+    tokens, targets, _ = task.test
+    for model in (SleepLM(cfg), task.model(cfg)):
+        torch.nn.init.normal_(model.head.weight)
+        h, S, right = wake.watch(model, tokens, targets, 3)
+        assert h.shape == S.shape == (3, len(tokens)) and torch.allclose(S[0], torch.ones(()))
+        with torch.no_grad():
+            for n in (1, 2, 3):
+                assert torch.equal(model(tokens, targets, n)[0].argmax(-1) == targets, right[n - 1])
+    moved = torch.tensor([[0.01, 1.0, 1.0], [0.3, 0.01, 0.3], [0.01, 0.3, 0.3]])
+    assert wake.stopped(moved, 0.1).tolist() == [2, 1, 2]      # not after the first; else after the last
 
 
 def test_every_condition_of_every_experiment_makes_a_model():
