@@ -1806,6 +1806,25 @@ def test_a_sleep_that_is_watched_is_the_sleep_and_stops_where_a_pass_moves_too_l
     assert wake.stopped(moved, 0.1).tolist() == [2, 1, 2]      # not after the first; else after the last
 
 
+def test_the_record_and_a_watched_sleep_say_what_they_found_or_refuse_in_a_sentence():
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "a"
+        status, text, err = run(record.main, shlex.split(
+            f"--device cpu --steps 2 --eval_every 1 --batch_size 4 --seed 0 --N 2 --out {out}"))
+        assert status == 0 and "N 2 seed 0: did not arrive" in text and "in the mean" not in text, err
+        with patched(record, "arrived", lambda run: run["curve"][-1]):
+            status, text, err = run(record.main, shlex.split(
+                f"--device cpu --steps 2 --eval_every 1 --batch_size 4 --seed 0 --N 2 --out {out}"))
+        assert status == 0 and "TFLOP in the mean" in text, err
+        status, text, err = run(wake.main, [str(out / "N2-seed0.pt"), "--N", "3"])
+        assert status == 0 and (out / "wake.png").exists(), err
+        found = json.loads((out / "wake.json").read_text())
+        assert len(found["fixed"]) == 3 and [*found["by_kind"]] == ["all windows"]
+        for argv in ([str(out / "N2-seed0.json")], [str(out / "N2-seed0.pt"), "--N", "1"]):
+            status, _, err = run(wake.main, argv)
+            assert status == 2 and err.count("\n") == 1, err
+
+
 def test_every_condition_of_every_experiment_makes_a_model():
     for row in experiments.EXPERIMENTS.values():
         doc, presets, flags, Task = experiments.load_task(row.task)

@@ -46,23 +46,22 @@ class Forests:
     def make_batch(self, step):
         """Step -> tokens (B, T), targets (B, nodes), depths (B, nodes) of what is asked; -1: the test."""
         args, test, nodes = self.args, step < 0, self.nodes
-        few = [trees for trees in range(3, nodes // 2 + 1) if nodes % trees == 0]
-        trees = 3 if test else random.Random(self.seed * 10 ** 9 + step).choice(few)
-        n = nodes // trees                                     # nodes of a tree
         g = torch.Generator(args.device).manual_seed(0 if test else self.seed * 10 ** 9 + step + 1)
         rand = lambda *shape: torch.rand(*shape, generator=g, device=args.device)
         B, growing = (1024 if test else args.batch_size), args.deeper * args.steps
         deepest = args.test_depth if test else args.depth
         if not test and step < growing:
             deepest = 1 + int(deepest * step / growing)
-        deepest = min(deepest, n - 1)
+        fits = [trees for trees in range(3, nodes) if nodes % trees == 0 and nodes // trees > deepest]
+        trees = 3 if test else random.Random(self.seed * 10 ** 9 + step).choice(fits)
+        n = nodes // trees                                     # nodes of a tree
         # In each tree nodes 0 to D are a path; the others hang on any node before them above depth D.
         D = 1 + (rand(B, 1) * deepest).long().expand(B, trees)                 # (B, trees)
         parent = torch.zeros(B, trees, n, dtype=torch.long, device=args.device)
         depth = torch.zeros_like(parent)
         for i in range(1, n):
-            fits = rand(B, trees, i) * (depth[..., :i] < D[..., None])
-            parent[..., i] = torch.where(i <= D, i - 1, fits.argmax(-1))
+            free = rand(B, trees, i) * (depth[..., :i] < D[..., None])
+            parent[..., i] = torch.where(i <= D, i - 1, free.argmax(-1))
             depth[..., i] = 1 + depth.gather(2, parent[..., i:i + 1]).squeeze(-1)
         first = torch.arange(trees, device=args.device)[:, None] * n           # (trees, 1)
         name = rand(B, nodes).argsort(1)                                       # of node first + i
