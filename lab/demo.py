@@ -39,7 +39,7 @@ def load(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["run"]["task"] != "khop":
             raise ValueError
-        settings = saved["run"]["settings"] | dict(device="cpu", batch_size=1)
+        settings = sleep.DEFAULTS | saved["run"]["settings"] | dict(device="cpu", batch_size=1)
         task = train_khop.Cycles(Namespace(**settings), settings["seed"])
         cfg = sleep.Config(task.vocab_size, task.T, **{k: settings[k] for k in sleep.MODEL_FLAGS})
         model = sleep.SleepLM(cfg)
@@ -117,6 +117,21 @@ def ask(model, task, S):
 
 
 @torch.no_grad()
+def passes(model, h, memory, N):
+    """[(h, S) after each pass] of a sleep over a window, and the memory after the eviction."""
+    seen, one_pass = [], model.one_pass
+
+    def recorded(*args):
+        result = one_pass(*args)
+        seen.append(result[:2])
+        return result
+    model.one_pass = recorded
+    try:
+        return seen, model.sleep(h, memory, N)
+    finally:
+        model.one_pass = one_pass
+
+
 def watch(model, task, tokens, N):
     """The frames of a sleep with N passes a window, and the memory after the last eviction."""
     memory, frames = model.empty_memory(1), []
@@ -124,14 +139,13 @@ def watch(model, task, tokens, N):
     for i, window in enumerate(tokens.split(model.cfg.L, 1)):
         h, S = model.embed(window), memory.S
         frames.append(Frame(i, 0, [x[0] for x in S if x is not None], 0, 0, ask(model, task, S)))
-        for n in range(N):
-            new_h, new_S, _ = model.one_pass(h, S, memory.cache, *model.blocks_of(n, N))
+        seen, memory = passes(model, h, memory, N)
+        for n, (new_h, new_S) in enumerate(seen, 1):
             change = norm([a - b for a, b in zip(new_S, S) if a is not None])
             h_moved, h, S = norm([new_h - h]) / norm([new_h]), new_h, new_S
             written = [x[0] for x in S if x is not None]
-            frames.append(Frame(i, n + 1, written, h_moved.item(), (change / norm(written)).item(),
+            frames.append(Frame(i, n, written, h_moved.item(), (change / norm(written)).item(),
                                 ask(model, task, S)))
-        memory = model.sleep(model.embed(window), memory, N)   # the same passes, then the eviction
     return frames, memory
 
 

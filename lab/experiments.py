@@ -2,12 +2,11 @@
 
     python -m lab.experiments                            the list of experiments
     python -m lab.experiments iterated --seed 0 1 2      run one; further flags are for all its runs
-    python -m lab.experiments other_N --any_N --help     all flags; these nine are of this file:
+    python -m lab.experiments other_N --any_N --help     all flags; these eight are of this file:
 
     --carry hS, h or S   what a pass of a sleep hands to the next; without S the last pass writes it
     --think n            passes over an answer window
     --detach n           gradients pass through the last n passes of a sleep only, and skip the rest
-    --recall             before every pass but the first, h <- rms_norm(h) + embeddings
     --guess              before every pass but the first, h <- h + the embedding of what it would say
     --every_pass         train on the answers after every pass n of the last sleep, with weight n
     --parallel           attention and fast weights side by side in every block (layout a, aa, ...)
@@ -46,12 +45,11 @@ from lab.plot import (METRICS, TASKS, case_words, figure, legend, load_runs, pan
 FOLDER = Path("out/experiments")
 MODULES = dict(ca=("train_ca", "Tapes"), khop=("train_khop", "Cycles"),
                gsm=("train_gsm", "Problems"), forest=("lab.forest", "Forests"))
-OWN = dict(carry="hS", think=1, detach=0, recall=False, guess=False, every_pass=False,
+OWN = dict(carry="hS", think=1, detach=0, guess=False, every_pass=False,
            parallel=False, any_N=False, grow_N=0.0)
 HELP = dict(carry="what a pass of a sleep hands to the next: hS, h or S",
             think="passes over an answer window",
             detach="gradients pass through the last so many passes of a sleep only; 0: through all",
-            recall="before every pass but the first, h <- rms_norm(h) + embeddings",
             guess="before every pass but the first, h <- h + the embedding of what it would say",
             every_pass="train on the answers after every pass n of the last sleep, with weight n",
             parallel="attention and fast weights side by side in every block, as in Hymba",
@@ -130,6 +128,8 @@ EXPERIMENTS = {
             ("--layout as", "in turn, hard eviction (the preset)", 2600, 1200))
         for N, steps in zip((1, 3), costs)}),
     "roots": Row("forest", "Asleep for longer than in training: deeper answers?", {
+        "--N 4": "trained with N up to 4"}, "heat", (1, 2, 3, 4, 6, 8, 12, 16)),
+    "roots_levers": Row("forest", "What does a longer sleep need, to answer deeper?", {
         "--N 4": "recall, a loss a pass, growing N", "--N 4 --no-recall": "without recall",
         "--N 4 --no-every_pass": "without the loss a pass", "--N 4 --grow_N 0": "N does not grow",
         "--N 4 --no-recall --no-every_pass --grow_N 0": "none of these"},
@@ -191,10 +191,10 @@ class Hymba(sleep.SleepLM):
 class Changed(sleep.SleepLM):
     """A SleepLM with what the flags of this file change; hard eviction, all blocks looped."""
 
-    def __init__(self, cfg, carry, think, detach, recall, guess, every_pass):
+    def __init__(self, cfg, carry, think, detach, guess, every_pass):
         super().__init__(cfg)
         self.carry, self.think, self.detach = carry, think, detach
-        self.recall, self.guess, self.every_pass = recall, guess, every_pass
+        self.guess, self.every_pass = guess, every_pass
 
     def sleep(self, h, memory, N=None):
         return self.after_each_pass(h, memory, self.cfg.N if N is None else N)[-1]
@@ -207,7 +207,7 @@ class Changed(sleep.SleepLM):
         for n in range(N):
             if self.detach and n and n == N - self.detach:     # numbers of now, gradients of then
                 h, S = skip(h, start), [skip(*pair) for pair in zip(S, memory.S)]
-            if self.recall and n:
+            if self.cfg.recall and n:
                 h = F.rms_norm(h, h.shape[-1:]) + start
             if self.guess and n:
                 h = h + self.head(self.norm(h)).softmax(-1) @ self.embed.weight
@@ -298,7 +298,7 @@ def flop(run, steps=None):
     """
     *_, Task = load_task(run["task"])
     with tempfile.TemporaryDirectory() as data, redirect_stdout(None):
-        s = OWN | run["settings"]
+        s = sleep.DEFAULTS | OWN | run["settings"]
         few = dict(N=[s["N"]], device="cpu", batch_size=1, data=data, problems=len(s.get("T", [])))
         task = Task(Namespace(**s | few), s["seed"])
         cfg = sleep.Config(task.vocab_size, task.T, **{k: s[k] for k in sleep.MODEL_FLAGS})
@@ -473,8 +473,8 @@ def plot_heat(runs, row, path):
     mean of the seeds, below it their range where it is wide."""
     groups, metric = by_label(runs), next(iter(runs[0]["chance"]))
     columns = cases(runs[0], metric)
-    fig, axes = figure(1, len(groups), (2.7 * len(groups) + 1.4, 0.42 * len(row.N_test) + 1.9),
-                       sharey=True)
+    width = max(2.7, 0.6 * len(columns)) * len(groups) + 1.4
+    fig, axes = figure(1, len(groups), (max(width, 5.5), 0.42 * len(row.N_test) + 2.0), sharey=True)
     for ax, (label, group) in zip(axes[0], groups.items()):
         seeds = [[[pick(run["N_test"][str(n)], metric, case) for run in group] for case in columns]
                  for n in row.N_test]
@@ -486,8 +486,11 @@ def plot_heat(runs, row, path):
                 spread = f"\n{low:.2f} to {high:.2f}" * (high - low > 0.1)
                 ax.text(x, y, f"{value:.2f}{spread}", ha="center", va="center",
                         fontsize=6.5 if spread else 8, color="w" if value < 0.6 else "k")
-        ax.add_patch(Rectangle((-0.5, row.N_test.index(group[0]["N"]) - 0.5), len(columns), 1,
-                               fill=False, ec="r", lw=2, clip_on=False, zorder=3))
+        s, last = OWN | group[0]["settings"], row.N_test.index(group[0]["N"])
+        wide = s.get("depth", len(columns))                    # the cases and passes of training
+        high = last + 1 if s["every_pass"] or s["any_N"] or s["grow_N"] else 1
+        ax.add_patch(Rectangle((-0.5, last + 0.5 - high), wide, high, fill=False, ec="r", lw=2,
+                               clip_on=False, zorder=3))
         ax.set_xticks(range(len(columns)), columns)
         ax.set_yticks(range(len(row.N_test)), row.N_test)
         ax.set_title(label, fontsize=10)
@@ -496,7 +499,8 @@ def plot_heat(runs, row, path):
     axes[0, 0].set_ylabel("passes of the sleep at the test")
     guess = pick(runs[0]["chance"], metric, columns[0])
     fig.colorbar(image, ax=axes[0, -1], label=f"{METRICS.get(metric, metric)} (guess {guess:.2f})")
-    fig.suptitle(f"{row.question}\n{title(runs)} (mean, range); framed: as in training", fontsize=10)
+    fig.suptitle(f"{row.question}\n{title(runs)}\nmean, range of the seeds; framed: as in training",
+                 fontsize=10)
     save_figure(fig, path)
 
 

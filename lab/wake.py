@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 import sleep
-from lab import experiments
-from lab.plot import METRICS, figure, legend, parser, save_figure
+from lab import demo, experiments
+from lab.plot import METRICS, TASKS, figure, legend, parser, save_figure
 
 THRESHOLDS = [0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05]
 
@@ -25,7 +25,8 @@ def load(path):
     """The model and the task of a checkpoint; BadInput if it is none with one window asleep."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        s = experiments.OWN | saved["run"]["settings"] | dict(device="cpu", batch_size=1, N=[saved["run"]["N"]])
+        s = sleep.DEFAULTS | experiments.OWN | saved["run"]["settings"]
+        s |= dict(device="cpu", batch_size=1, N=[saved["run"]["N"]])
         *_, Task = experiments.load_task(saved["run"]["task"])
         task = Task(Namespace(**s), s["seed"])
         cfg = sleep.Config(task.vocab_size, task.T, **{k: s[k] for k in sleep.MODEL_FLAGS} | dict(N=s["N"][0]))
@@ -44,19 +45,10 @@ def load(path):
 def watch(model, tokens, targets, N):
     """-> moves of h and of S (N, B), and which questions would be answered rightly (N, B, M)."""
     window, asked = tokens.split([model.cfg.L, tokens.shape[1] - model.cfg.L], 1)
-    seen, one_pass = [], model.one_pass
-
-    def recorded(h, S, cache, first, stop):
-        out = one_pass(h, S, cache, first, stop)
-        seen.append((out[0], torch.cat([S.flatten(1) for S in out[1] if S is not None], 1), out[1]))
-        return out
-    empty = model.empty_memory(len(tokens))
-    h, model.one_pass = model.embed(window), recorded
-    try:
-        model.sleep(h, empty, N)
-    finally:
-        model.one_pass = one_pass
-    answers = [model.wake(model.embed(asked), sleep.Memory(S, empty.cache, 0))[0] for *_, S in seen]
+    h, empty = model.embed(window), model.empty_memory(len(tokens))
+    seen, _ = demo.passes(model, h, empty, N)
+    answers = [model.wake(model.embed(asked), sleep.Memory(S, empty.cache, 0))[0] for _, S in seen]
+    seen = [(h, torch.cat([x.flatten(1) for x in S if x is not None], 1)) for h, S in seen]
     length = lambda x: x.flatten(1).norm(dim=1)
     moved = [torch.stack([length(now[i] - before) / length(now[i]) for before, now in zip(
         [start, *(entry[i] for entry in seen)], seen)]) for i, start in ((0, h), (1, torch.zeros_like(seen[0][1])))]
@@ -101,17 +93,19 @@ def draw(found, path, task):
         axes[0, 1].plot(passes, x["accuracy"], f"C{i}-")
     axes[0, 0].set(yscale="log", title="A pass moves h (lines), S (dots)", ylabel="|now - before| / |now|")
     axes[0, 1].set(ylim=(0, 1.03), title="Woken after a pass", ylabel=METRICS["accuracy"])
-    axes[0, 2].plot(passes, found["fixed"], "k.-", label="so many passes for every window")
+    axes[0, 2].plot(passes, [1 - x for x in found["fixed"]], "k.-", label="so many passes for every window")
     for style, (name, stops) in zip(("o", "^"), found["stops"].items()):
-        axes[0, 2].plot([x["passes"] for x in stops], [x["accuracy"] for x in stops], f"{style}--",
-                        label=f"until a pass moves {name} by less than a threshold")
-    axes[0, 2].set(ylim=(0, 1.03), title="A sleep that stops by itself", xlabel="passes of a sleep, mean")
-    axes[0, 2].legend(fontsize=8, loc="lower right")
+        axes[0, 2].plot([x["passes"] for x in stops], [1 - x["accuracy"] for x in stops], f"{style}--",
+                        label=f"until a pass moves {name} by less than {THRESHOLDS[0]} to {THRESHOLDS[-1]}")
+    axes[0, 2].set(yscale="log", title="A sleep that stops by itself", xlabel="passes of a sleep, mean",
+                   ylabel="share of answers wrong")
+    axes[0, 2].legend(fontsize=8)
     for ax in axes[0, :2]:
         ax.axvline(found["N"], color="k", ls="--", lw=1)
         ax.set_xlabel("pass")
-    fig.suptitle(f"When to wake ({task.name}, trained with up to {found['N']} passes: dashed)", fontsize=10)
-    legend(fig, axes[0, 0], "windows")
+    fig.suptitle(f"When to wake? {TASKS[task.name][0]}, trained with up to {found['N']} passes (dashed)",
+                 fontsize=10)
+    legend(fig, axes[0, 0], "windows, by their deepest node" if task.name == "forest" else "")
     save_figure(fig, path)
 
 
