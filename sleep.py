@@ -105,7 +105,6 @@ class Config:
     loop: tuple = ()               # (first, stop) of the looped blocks; (): all (Section 6.3)
     update_rule: str = "gated_delta"   # one of UPDATE_RULES
     conv: str = "as"               # blocks with a short convolution in front; the paper: "s" only
-    recall: bool = False           # not in the paper: later passes see the embeddings, too
 
     def __post_init__(self):
         D, H, sizes = len(self.layout), self.n_head, "vocab_size T L N d_model n_head".split()
@@ -326,12 +325,10 @@ class SleepLM(nn.Module):
         under hard eviction); h and S go from pass to pass. Returns the memory after eviction.
         """
         self.check(h, memory, asleep=True)
-        N, S, cache, start = (self.cfg.N if N is None else N), memory.S, list(memory.cache), h
+        N, S, cache = (self.cfg.N if N is None else N), memory.S, list(memory.cache)
         if not isinstance(N, int) or N < 0:
             raise ValueError(f"N must be an integer >= 0, the passes of a sleep, not {N}.")
         for n in range(N):                                                     # line 6
-            if self.cfg.recall and n:      # not in the paper: h keeps its size and the embeddings
-                h = F.rms_norm(h, h.shape[-1:]) + start
             first, stop = self.blocks_of(n, N)         # all blocks, unless cfg.loop names some
             h, S, grown = self.one_pass(h, S, memory.cache, first, stop)       # line 7
             cache[first:stop] = grown[first:stop]      # a block's last cache, for sliding eviction
@@ -665,8 +662,8 @@ def refuse_other_settings(path, run, task, settings):
 # ------------------------------------------------------------------------------------------------
 # A whole script: the command line, and a model for each N and seed
 
-DEFAULTS = dict(eviction="hard", loop=[], update_rule="gated_delta", conv="as", recall=False,
-                warmup=0, cooldown=0.0, eval_every=0, seed=[0], N_test=[], recompute=False)
+DEFAULTS = dict(eviction="hard", loop=[], update_rule="gated_delta", conv="as", warmup=0,
+                cooldown=0.0, eval_every=0, seed=[0], N_test=[], recompute=False)
 FLAGS = dict(
     N="passes of a sleep; one model for each value",
     seed="of weights and data; one model for each value",
@@ -676,7 +673,6 @@ FLAGS = dict(
     loop="first and stop of the looped blocks; all of them, if not given",
     update_rule=", ".join(UPDATE_RULES),
     conv="mixers behind a short convolution: as, s (the paper), a or ''",
-    recall="before each pass but a sleep's first: h <- rms_norm(h) + embeddings",
     steps="training steps", batch_size="sequences a step",
     lr_muon="learning rate of the blocks' matrices",
     lr_adamw="learning rate of all other parameters",
@@ -686,7 +682,7 @@ FLAGS = dict(
     compile="fuse every block with torch.compile",
     recompute="save memory: of a pass keep h and S, repeat it for the gradient (checkpointing)",
     N_test="test with these N, too; 0: windows are evicted unread")
-MODEL_FLAGS = "L N layout d_model n_head eviction loop update_rule conv recall".split()
+MODEL_FLAGS = "L N layout d_model n_head eviction loop update_rule conv".split()
 LIMITS = dict(N=(1, 1000), N_test=(0, 1000), seed=(0, 10 ** 6), steps=(1, 10 ** 9),
               eval_every=(1, 10 ** 9), batch_size=(1, 10 ** 6), cooldown=(0, 1),
               lr_muon=(1e-9, 1e3), lr_adamw=(1e-9, 1e3))

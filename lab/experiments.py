@@ -2,11 +2,12 @@
 
     python -m lab.experiments                            the list of experiments
     python -m lab.experiments iterated --seed 0 1 2      run one; further flags are for all its runs
-    python -m lab.experiments other_N --any_N --help     all flags; these eight are of this file:
+    python -m lab.experiments other_N --any_N --help     all flags; these nine are of this file:
 
     --carry hS, h or S   what a pass of a sleep hands to the next; without S the last pass writes it
     --think n            passes over an answer window
     --detach n           gradients pass through the last n passes of a sleep only, and skip the rest
+    --recall             before every pass but the first, h <- rms_norm(h) + embeddings
     --guess              before every pass but the first, h <- h + the embedding of what it would say
     --every_pass         train on the answers after every pass n of the last sleep, with weight n
     --parallel           attention and fast weights side by side in every block (layout a, aa, ...)
@@ -45,11 +46,12 @@ from lab.plot import (METRICS, TASKS, case_words, figure, legend, load_runs, pan
 FOLDER = Path("out/experiments")
 MODULES = dict(ca=("train_ca", "Tapes"), khop=("train_khop", "Cycles"),
                gsm=("train_gsm", "Problems"), forest=("lab.forest", "Forests"))
-OWN = dict(carry="hS", think=1, detach=0, guess=False, every_pass=False,
+OWN = dict(carry="hS", think=1, detach=0, recall=False, guess=False, every_pass=False,
            parallel=False, any_N=False, grow_N=0.0)
 HELP = dict(carry="what a pass of a sleep hands to the next: hS, h or S",
             think="passes over an answer window",
             detach="gradients pass through the last so many passes of a sleep only; 0: through all",
+            recall="before every pass but the first, h <- rms_norm(h) + embeddings",
             guess="before every pass but the first, h <- h + the embedding of what it would say",
             every_pass="train on the answers after every pass n of the last sleep, with weight n",
             parallel="attention and fast weights side by side in every block, as in Hymba",
@@ -128,11 +130,12 @@ EXPERIMENTS = {
             ("--layout as", "in turn, hard eviction (the preset)", 2600, 1200))
         for N, steps in zip((1, 3), costs)}),
     "roots": Row("forest", "Asleep for longer than in training: deeper answers?", {
-        "--N 4": "trained with N up to 4"}, "heat", (1, 2, 3, 4, 6, 8, 12, 16)),
+        "--N 4": "trained with N = 4"}, "heat", (1, 2, 3, 4, 6, 8, 12, 16)),
     "roots_levers": Row("forest", "What does a longer sleep need, to answer deeper?", {
-        "--N 4": "recall, a loss a pass, growing N", "--N 4 --no-recall": "without recall",
-        "--N 4 --no-every_pass": "without the loss a pass", "--N 4 --grow_N 0": "N does not grow",
-        "--N 4 --no-recall --no-every_pass --grow_N 0": "none of these"},
+        "--N 4 --seed 0 1 2": "Algorithm 1",
+        "--N 4 --recall --every_pass --grow_N 0.4 --seed 0 1 2": "recall, a loss a pass, growing N",
+        "--N 4 --recall --grow_N 0.4 --seed 0": "recall, growing N",
+        "--N 4 --every_pass --grow_N 0.4 --seed 0": "a loss a pass, growing N"},
         "heat", (1, 2, 3, 4, 6, 8, 12, 16)),
     "ca_splits": Row("ca", "Do three passes learn more of Rule 110?", times(
         {f"--split {x} --seed {x}": f"split and seed {x}" for x in (0, 1, 2)}, ONE_OR_THREE)),
@@ -191,10 +194,10 @@ class Hymba(sleep.SleepLM):
 class Changed(sleep.SleepLM):
     """A SleepLM with what the flags of this file change; hard eviction, all blocks looped."""
 
-    def __init__(self, cfg, carry, think, detach, guess, every_pass):
+    def __init__(self, cfg, carry, think, detach, recall, guess, every_pass):
         super().__init__(cfg)
         self.carry, self.think, self.detach = carry, think, detach
-        self.guess, self.every_pass = guess, every_pass
+        self.recall, self.guess, self.every_pass = recall, guess, every_pass
 
     def sleep(self, h, memory, N=None):
         return self.after_each_pass(h, memory, self.cfg.N if N is None else N)[-1]
@@ -207,7 +210,7 @@ class Changed(sleep.SleepLM):
         for n in range(N):
             if self.detach and n and n == N - self.detach:     # numbers of now, gradients of then
                 h, S = skip(h, start), [skip(*pair) for pair in zip(S, memory.S)]
-            if self.cfg.recall and n:
+            if self.recall and n:
                 h = F.rms_norm(h, h.shape[-1:]) + start
             if self.guess and n:
                 h = h + self.head(self.norm(h)).softmax(-1) @ self.embed.weight

@@ -4,12 +4,11 @@ Three trees of equal size; every node points to its parent, a root to itself. Th
 order in one window, and are evicted; then each node is asked for: which root does it lead to? Knowing
 the roots alone, one guess in three is right. (So training has other numbers of trees, too: of twelve
 roots guessing one does not pay.) In training no node lies deeper than `depth` edges, in the test up to
-`test_depth`: a model that steps from parent to parent can go on for as long as it sleeps. What helps it
-to (recall, a loss after each pass, an N that grows) is described in lab.experiments.
+`test_depth`: a model that steps from parent to parent can go on for as long as it sleeps.
 
     3 1  1 1  0 3  2 2  4 0  5 2 ..   | 4 0 5 ..       edges (node, parent), questions; answers 1 1 2 ..
 
-    python -m lab.forest                   train with up to 4 passes, test with up to 16
+    python -m lab.forest                   train with 4 passes, test with up to 16
 """
 import random
 
@@ -19,7 +18,7 @@ import sleep
 
 PRESETS = {"cpu": dict(N=[4], size=8, depth=3, test_depth=7, deeper=0.3, L=48, layout="as", d_model=96,
                        n_head=1, steps=2000, batch_size=32, lr_muon=1e-2, lr_adamw=4e-3, cooldown=0.4,
-                       recall=True, every_pass=True, grow_N=0.4, N_test=[1, 2, 3, 4, 6, 8, 12, 16])}
+                       N_test=[1, 2, 3, 4, 6, 8, 12, 16])}
 FLAGS = dict(size="nodes of each of the three trees",
              depth="edges from the deepest node to its root, in training",
              test_depth="the same, in the test",
