@@ -1714,6 +1714,20 @@ def test_a_loss_after_every_pass_is_the_mean_of_the_losses_woken_then_weighted_b
         close(model(tokens, targets)[1], losses[2], 1e-12)
 
 
+def test_with_a_loss_after_every_pass_detach_ends_each_gradient_after_its_passes():
+    model, tokens = changed(every_pass=True, detach=1, N=2, layout="as"), random_tokens(T=7)
+    targets, empty = targets_for(tokens, 2), model.empty_memory(3)
+    gradients(model, tokens, targets)
+    found = model.blocks[1].mixer.v.weight.grad.clone()
+    model.zero_grad()
+    h, S, _ = model.one_pass(model.embed(tokens[:, :5]), empty.S, empty.cache, 0, 2)
+    _, S2, _ = model.one_pass(h.detach(), [None, S[1].detach()], empty.cache, 0, 2)
+    for n, S in ((1, S), (2, S2)):
+        out = model.wake(model.embed(tokens[:, 5:]), empty._replace(S=S))[0]
+        (n / 3 * F.cross_entropy(out.flatten(0, 1), targets.flatten())).backward()
+    close(found, model.blocks[1].mixer.v.weight.grad, 1e-10)
+
+
 def test_recall_adds_the_embeddings_to_h_of_length_one_before_every_pass_but_the_first():
     model, tokens = changed(recall=True, N=2, layout="as"), random_tokens(T=5)
     start, S = model.embed(tokens), model.empty_memory(3).S
@@ -1735,7 +1749,7 @@ def test_the_guess_is_fed_back_as_the_mean_of_the_embeddings_of_what_would_be_sa
 
 
 def test_of_two_mixers_side_by_side_both_speak_and_only_the_fast_weights_remember():
-    model, tokens = tiny(experiments.Hymba, layout="aa"), random_tokens(T=12)
+    model, tokens = tiny(experiments.SideBySideLM, layout="aa"), random_tokens(T=12)
     both = model(tokens, targets_for(tokens, 2))[0]
     past = tokens.clone()
     past[:, 0] = (tokens[:, 0] + 1) % 7                # in a window that sleeps and is evicted
@@ -1785,9 +1799,9 @@ def test_a_walker_finds_every_root_and_training_has_no_deeper_node_than_it_says(
     assert named == {str(d): 1.0 for d in range(1, 8)} == {d: 3 * x for d, x in task.chance["accuracy"].items()}
 
 
-def test_a_model_arrives_at_the_second_of_two_good_evaluations_in_a_row():
+def test_a_model_arrives_at_the_first_of_two_good_evaluations_in_a_row():
     entries = lambda *values: dict(curve=[dict(step=i, accuracy={"3": x}) for i, x in enumerate(values)])
-    assert record.arrived(entries(0.2, 0.95, 0.8, 0.9, 0.93, 0.99))["step"] == 4
+    assert record.arrived(entries(0.2, 0.95, 0.8, 0.9, 0.93, 0.99))["step"] == 3
     assert record.arrived(entries(0.2, 0.95, 0.8, 0.95)) is None
 
 
@@ -1802,6 +1816,15 @@ def test_a_sleep_that_is_watched_is_the_sleep_and_stops_where_a_pass_moves_too_l
         with torch.no_grad():
             for n in (1, 2, 3):
                 assert torch.equal(model(tokens, targets, n)[0].argmax(-1) == targets, right[n - 1])
+    task = forests("--steps 10")
+    tokens, _, depths = (x[:9] for x in task.test)
+    for first in ("parents", "children"):              # the same forests, told in another order
+        told = wake.in_order(tokens, depths, first)
+        for row, old, asked in zip(told.tolist(), tokens.tolist(), depths.tolist()):
+            deep = dict(zip(row[48:], asked))
+            now = [deep[x] for x in row[:48:2]]
+            assert now == sorted(now, reverse=first == "children") and row[48:] == old[48:]
+            assert {*zip(row[:48:2], row[1:48:2])} == {*zip(old[:48:2], old[1:48:2])}
     moved = torch.tensor([[0.01, 1.0, 1.0], [0.3, 0.01, 0.3], [0.01, 0.3, 0.3]])
     assert wake.stopped(moved, 0.1).tolist() == [2, 1, 2]      # not after the first; else after the last
 
@@ -1817,9 +1840,11 @@ def test_the_record_and_a_watched_sleep_say_what_they_found_or_refuse_in_a_sente
                 f"--device cpu --steps 2 --eval_every 1 --batch_size 4 --seed 0 --N 2 --out {out}"))
         assert status == 0 and "TFLOP in the mean" in text, err
         status, text, err = run(wake.main, [str(out / "N2-seed0.pt"), "--N", "3"])
-        assert status == 0 and (out / "wake.png").exists(), err
-        found = json.loads((out / "wake.json").read_text())
+        assert status == 0 and (out / "N2-seed0-wake.png").exists(), err
+        found = json.loads((out / "N2-seed0-wake.json").read_text())
         assert len(found["fixed"]) == 3 and [*found["by_kind"]] == ["all windows"]
+        status, _, err = run(record.main, shlex.split("--device cpu --nodes 7 --queries 7"))
+        assert status == 2 and "the task of the record" in err, err
         for argv in ([str(out / "N2-seed0.json")], [str(out / "N2-seed0.pt"), "--N", "1"]):
             status, _, err = run(wake.main, argv)
             assert status == 2 and err.count("\n") == 1, err

@@ -6,7 +6,8 @@
 
     --carry hS, h or S   what a pass of a sleep hands to the next; without S the last pass writes it
     --think n            passes over an answer window
-    --detach n           gradients pass through the last n passes of a sleep only, and skip the rest
+    --detach n           gradients pass through the last n passes of a sleep only, and skip the rest;
+                         with --every_pass through the last n before each loss, and end there
     --recall             before every pass but the first, h <- rms_norm(h) + embeddings
     --guess              before every pass but the first, h <- h + the embedding of what it would say
     --every_pass         train on the answers after every pass n of the last sleep, with weight n
@@ -173,7 +174,7 @@ class SideBySide(sleep.Block):
         return h, S, (tail, *kv)
 
 
-class Hymba(sleep.SleepLM):
+class SideBySideLM(sleep.SleepLM):
     """Every block is SideBySide."""
 
     def __init__(self, cfg):
@@ -206,9 +207,12 @@ class Changed(sleep.SleepLM):
         """What is left if the model is woken after 0, 1, ..., N passes over a window."""
         self.check(h, memory, asleep=True)
         start, S, after = h, memory.S, [self.evict(memory)]
+        cut = self.detach and {N - self.detach}                # before these passes, from 0
         skip = lambda now, then: None if now is None else now.detach() + then - then.detach()
+        if self.detach and self.every_pass:                    # as in the literature: segments
+            cut, skip = range(N % self.detach, N, self.detach), lambda now, _: now if now is None else now.detach()
         for n in range(N):
-            if self.detach and n and n == N - self.detach:     # numbers of now, gradients of then
+            if self.detach and n and n in cut:                 # numbers of now, gradients of then
                 h, S = skip(h, start), [skip(*pair) for pair in zip(S, memory.S)]
             if self.recall and n:
                 h = F.rms_norm(h, h.shape[-1:]) + start
@@ -264,21 +268,23 @@ def changed(Task):
             if args.detach and args.detach >= min(args.N):
                 raise sleep.BadInput(f"--detach {args.detach} must be fewer passes than --N "
                                      f"{min(args.N)}: it would change nothing.")
+            if args.carry == "S" and (args.recall or args.guess):
+                raise sleep.BadInput("--carry S hands on no h: leave out --recall and --guess.")
             if any(change[flag] != OWN[flag] for flag in change):
                 if args.eviction != "hard" or tuple(args.loop) not in ((), (0, len(args.layout))):
                     raise sleep.BadInput(f"{said}: these take hard eviction and all blocks looped.")
                 self.model = partial(Changed, **change)
             if args.parallel:
-                if {*args.layout} != {"a"} or hasattr(self, "model"):
-                    raise sleep.BadInput(f"--parallel --layout {args.layout}: every block has both then. Take "
-                                         "a layout of a only, and none of the other changes to the model.")
-                self.model = Hymba
+                if {*args.layout} != {"a"} or hasattr(self, "model") or args.warmup or "a" not in args.conv:
+                    raise sleep.BadInput(f"--parallel --layout {args.layout}: every block has both mixers. Take a "
+                                         "layout of a only, and no --warmup, --conv s or other change of the model.")
+                self.model = SideBySideLM
             if not 0 <= args.grow_N <= 1 or (args.grow_N and args.any_N):
                 raise sleep.BadInput(f"--grow_N {args.grow_N} must be a share of the steps, from 0 to 1, "
                                      "and not come with --any_N.")
             growing = args.grow_N * args.steps
             if args.any_N:
-                self.draw_N = lambda step, N: random.Random(seed * 10 ** 9 + step).randint(1, N)
+                self.draw_N = lambda step, N: random.Random(f"N {seed} {step}").randint(1, N)
             elif growing:                  # arXiv 2511.07384: slowly at first
                 self.draw_N = lambda step, N: max(1, math.ceil(
                     N * (1 - math.sqrt(1 - min(1, step / growing)))))
@@ -497,7 +503,7 @@ def plot_heat(runs, row, path):
         ax.set_xticks(range(len(columns)), columns)
         ax.set_yticks(range(len(row.N_test)), row.N_test)
         ax.set_title(label, fontsize=10)
-        ax.set_xlabel(TASKS[row.task][1] + "s")
+        ax.set_xlabel("depth: edges to the root" if row.task == "forest" else TASKS[row.task][1] + "s")
         ax.grid(False)
     axes[0, 0].set_ylabel("passes of the sleep at the test")
     guess = pick(runs[0]["chance"], metric, columns[0])

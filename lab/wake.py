@@ -1,6 +1,6 @@
 """When to wake: does a sleep show that it is finished?
 
-    python -m lab.wake out/roots/N4-seed0.pt           -> wake.json, wake.png beside it
+    python -m lab.wake out/a/N4-seed0.pt               -> N4-seed0-wake.json, N4-seed0-wake.png
     python -m lab.wake out/a/N3-seed0.pt --N 8         any checkpoint of k hops or roots, hard eviction
 
 Sleeps over every window of the test for up to --N passes. After each pass: how far h and S have moved
@@ -63,9 +63,20 @@ def stopped(moved, threshold):
     return small.int().argmax(0)
 
 
-def measure(model, task, N):
+def in_order(tokens, depths, first):
+    """The same forests with the edges of parents, or of children, first: read in that order, a walk to the
+    root is met the wrong way round, or the right way."""
+    n = depths.shape[1]
+    edges, asked = tokens[:, :2 * n].unflatten(1, (n, 2)), tokens[:, 2 * n:]
+    deep = torch.zeros_like(depths).scatter(1, asked, depths).gather(1, edges[..., 0])         # of each edge
+    order = deep.argsort(1, descending=first == "children")
+    return torch.cat([edges.gather(1, order[..., None].expand_as(edges)).flatten(1), asked], 1)
+
+
+def measure(model, task, N, first=None):
     """All numbers of the picture: by kind of window, by pass, and by threshold."""
     tokens, targets, *facts = task.test
+    tokens = in_order(tokens, facts[0], first) if first else tokens
     h, S, right = watch(model, tokens, targets, N)
     asked = targets >= 0
     share = lambda x, rows=slice(None): (x & asked)[rows].sum().item() / asked[rows].sum().item()
@@ -75,12 +86,14 @@ def measure(model, task, N):
         kinds = {f"depth {d}": deepest == d for d in deepest.unique().tolist()}
     by_kind = {kind: dict(h=[x[rows].mean().item() for x in h], S=[x[rows].mean().item() for x in S],
                           accuracy=[share(x, rows) for x in right]) for kind, rows in kinds.items()}
+    deepest = {str(d): [x[facts[0] == d].float().mean().item() for x in right]
+               for d in facts[0].unique().tolist()} if facts else {}
     every = torch.arange(len(tokens))
     stops = {name: [dict(threshold=threshold, passes=(woken + 1.0).mean().item(), accuracy=share(right[woken, every]),
                          by_kind={kind: (woken[rows] + 1.0).mean().item() for kind, rows in kinds.items()})
                     for threshold in THRESHOLDS for woken in [stopped(moved, threshold)]]
              for name, moved in (("h", h), ("S", S))}
-    return dict(N=model.cfg.N, passes=N, by_kind=by_kind, fixed=[share(x) for x in right], stops=stops)
+    return dict(N=model.cfg.N, passes=N, by_kind=by_kind, by_depth=deepest, fixed=[share(x) for x in right], stops=stops)
 
 
 def draw(found, path, task):
@@ -103,7 +116,7 @@ def draw(found, path, task):
     for ax in axes[0, :2]:
         ax.axvline(found["N"], color="k", ls="--", lw=1)
         ax.set_xlabel("pass")
-    fig.suptitle(f"When to wake? {TASKS[task.name][0]}, trained with up to {found['N']} passes (dashed)",
+    fig.suptitle(f"When to wake? {TASKS[task.name][0]}, trained with N = {found['N']} (dashed)",
                  fontsize=10)
     legend(fig, axes[0, 0], "windows, by their deepest node" if task.name == "forest" else "")
     save_figure(fig, path)
@@ -113,16 +126,19 @@ def main(argv=None):
     p = parser(__doc__)
     p.add_argument("checkpoint", type=Path)
     p.add_argument("--N", type=int, default=16, help="most passes (default: 16)")
-    p.add_argument("--out", type=Path, help="the picture; default: wake.png beside the checkpoint")
+    p.add_argument("--first", choices=["parents", "children"], help="of roots: sort the edges of the test")
+    p.add_argument("--out", type=Path, help="the picture; default: N4-seed0-wake.png beside N4-seed0.pt")
     args = p.parse_args(argv)
-    out = args.out or args.checkpoint.with_name("wake.png")
+    out = args.out or args.checkpoint.with_name(f"{args.checkpoint.stem}-wake.png")
     try:
         if args.N < 2 or out.suffix != ".png":
             raise sleep.BadInput(f"--N {args.N} --out {out}: take 2 passes or more, and a name that ends in .png.")
         model, task = load(args.checkpoint)
+        if args.first and task.name != "forest":
+            raise sleep.BadInput("--first is for roots only: edges of a cycle have no parents.")
     except sleep.BadInput as e:
         p.error(e)
-    found = measure(model, task, args.N)
+    found = measure(model, task, args.N, args.first)
     for n in range(args.N):
         print(f"pass {n + 1:2}: accuracy {found['fixed'][n]:.3f}; " + "; ".join(
             f"{kind} h {x['h'][n]:.3f} S {x['S'][n]:.3f}" for kind, x in found["by_kind"].items()))
