@@ -2141,7 +2141,7 @@ def test_the_changes_that_the_readme_proposes_apply_and_do_what_it_says():
     replay, overshoot = modules
     models = [tiny(kind, layout="as", N=3) for kind in (
         lambda cfg: replay.SleepLM(replay.Config(**vars(cfg))),
-        lambda cfg: experiments.Changed(cfg, "S", 1, 0, False, False))]
+        lambda cfg: experiments.Changed(cfg, "S", 1, 0, False, False, False))]
     tokens = random_tokens(T=13)
     a, b = (model(tokens, targets_for(tokens, 3))[0] for model in models)
     close(a, b, 1e-12)                     # h thrown away: the experiment's --carry S
