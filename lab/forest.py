@@ -1,10 +1,11 @@
 """Roots: a question whose depth is in the data, not in a token. Does more sleep answer deeper ones?
 
 Three trees of equal size; every node points to its parent, a root to itself. The edges stand in random
-order in one window, and are evicted; then each node is asked for: which root does it lead to? Knowing
-the roots alone, one guess in three is right. (With three trees only, training was stuck at that guess.
-So some batches have more and smaller trees, where it is worth less.) In training no node lies deeper than `depth` edges, in the test up to
-`test_depth`: a model that steps from parent to parent can go on for as long as it sleeps.
+order in one window, and are evicted; then each node is asked for: which root does it lead to? Who knows
+no more than the roots is right once in three times. (With three trees only, training was stuck at that
+guess. So some batches have more and smaller trees, where it is worth less.) In training no node lies
+deeper than `depth` edges, in the test up to `test_depth`: a model that steps from parent to parent can
+go on for as long as it sleeps.
 
     3 1  1 1  0 3  2 2  4 0  5 2 ..   | 4 0 5 ..       edges (node, parent), questions; answers 1 1 2 ..
 

@@ -29,13 +29,15 @@ def load(path):
         s |= dict(device="cpu", batch_size=1, N=[saved["run"]["N"]])
         *_, Task = experiments.load_task(saved["run"]["task"])
         task = Task(Namespace(**s), s["seed"])
-        cfg = sleep.Config(task.vocab_size, task.T, **{k: s[k] for k in sleep.MODEL_FLAGS} | dict(N=s["N"][0]))
+        s |= dict(N=saved["run"]["N"])
+        cfg = sleep.Config(task.vocab_size, task.T, **{k: s[k] for k in sleep.MODEL_FLAGS})
         model = getattr(task, "model", sleep.SleepLM)(cfg)
         model.load_state_dict(saved["model"])
     except Exception as e:                 # torch.load raises many kinds
         raise sleep.BadInput(f"{path} is no checkpoint of k hops or roots ({type(e).__name__}): train one with "
                              "`python -m lab.forest`.") from None
-    if task.name not in ("khop", "forest") or cfg.eviction != "hard" or task.T - task.test[1].shape[1] != cfg.L:
+    one_window = task.T - task.test[1].shape[1] == cfg.L
+    if task.name not in ("khop", "forest") or cfg.eviction != "hard" or not one_window:
         raise sleep.BadInput(f"{path}: only models of k hops or roots are watched, with hard eviction and all "
                              "edges in one window.")
     return model, task
@@ -50,8 +52,9 @@ def watch(model, tokens, targets, N):
     answers = [model.wake(model.embed(asked), sleep.Memory(S, empty.cache, 0))[0] for _, S in seen]
     seen = [(h, torch.cat([x.flatten(1) for x in S if x is not None], 1)) for h, S in seen]
     length = lambda x: x.flatten(1).norm(dim=1)
-    moved = [torch.stack([length(now[i] - before) / length(now[i]) for before, now in zip(
-        [start, *(entry[i] for entry in seen)], seen)]) for i, start in ((0, h), (1, torch.zeros_like(seen[0][1])))]
+    path = [(h, torch.zeros_like(seen[0][1])), *seen]          # with what was there before
+    moved = [torch.stack([length(now[i] - before[i]) / length(now[i]) for before, now in zip(path, seen)])
+             for i in (0, 1)]
     return *moved, torch.stack([(logits.argmax(-1) == targets) for logits in answers])
 
 
@@ -86,14 +89,17 @@ def measure(model, task, N, first=None):
         kinds = {f"depth {d}": deepest == d for d in deepest.unique().tolist()}
     by_kind = {kind: dict(h=[x[rows].mean().item() for x in h], S=[x[rows].mean().item() for x in S],
                           accuracy=[share(x, rows) for x in right]) for kind, rows in kinds.items()}
-    deepest = {str(d): [x[facts[0] == d].float().mean().item() for x in right]
-               for d in facts[0].unique().tolist()} if facts else {}
-    every = torch.arange(len(tokens))
-    stops = {name: [dict(threshold=threshold, passes=(woken + 1.0).mean().item(), accuracy=share(right[woken, every]),
-                         by_kind={kind: (woken[rows] + 1.0).mean().item() for kind, rows in kinds.items()})
-                    for threshold in THRESHOLDS for woken in [stopped(moved, threshold)]]
-             for name, moved in (("h", h), ("S", S))}
-    return dict(N=model.cfg.N, passes=N, by_kind=by_kind, by_depth=deepest, fixed=[share(x) for x in right], stops=stops)
+    by_depth = {str(d): [x[facts[0] == d].float().mean().item() for x in right]
+                for d in facts[0].unique().tolist()} if facts else {}
+
+    def alone(moved, threshold):
+        woken = stopped(moved, threshold)
+        return dict(threshold=threshold, passes=(woken + 1.0).mean().item(),
+                    accuracy=share(right[woken, torch.arange(len(tokens))]),
+                    by_kind={kind: (woken[rows] + 1.0).mean().item() for kind, rows in kinds.items()})
+    stops = {name: [alone(moved, x) for x in THRESHOLDS] for name, moved in (("h", h), ("S", S))}
+    return dict(N=model.cfg.N, passes=N, by_kind=by_kind, by_depth=by_depth,
+                fixed=[share(x) for x in right], stops=stops)
 
 
 def draw(found, path, task):
