@@ -210,7 +210,8 @@ class Changed(sleep.SleepLM):
         cut = self.detach and {N - self.detach}                # before these passes, from 0
         skip = lambda now, then: None if now is None else now.detach() + then - then.detach()
         if self.detach and self.every_pass:                    # as in the literature: segments
-            cut, skip = range(N % self.detach, N, self.detach), lambda now, _: now if now is None else now.detach()
+            cut = range(N % self.detach, N, self.detach)
+            skip = lambda now, then: None if now is None else now.detach()
         for n in range(N):
             if self.detach and n and n in cut:                 # numbers of now, gradients of then
                 h, S = skip(h, start), [skip(*pair) for pair in zip(S, memory.S)]
