@@ -610,6 +610,7 @@ def make_gradients(model, compile, recompute):
         for p, grad in zip(model.parameters(), grads):
             p.grad = grad
         return loss
+
     return replayed
 
 
@@ -667,13 +668,16 @@ DEFAULTS = dict(eviction="hard", loop=[], update_rule="gated_delta", conv="as", 
 FLAGS = dict(
     N="passes of a sleep; one model for each value",
     seed="of weights and data; one model for each value",
-    L="window of attention, in tokens", layout="one letter a block: a = attention, s = SSM",
-    d_model="width", n_head="heads of every mixer",
+    L="window of attention, in tokens",
+    layout="one letter a block: a = attention, s = SSM",
+    d_model="width",
+    n_head="heads of every mixer",
     eviction="hard: only S survives; sliding: also L - 1 tokens",
     loop="first and stop of the looped blocks; all of them, if not given",
     update_rule=", ".join(UPDATE_RULES),
     conv="mixers behind a short convolution: as, s (the paper), a or ''",
-    steps="training steps", batch_size="sequences a step",
+    steps="training steps",
+    batch_size="sequences a step",
     lr_muon="learning rate of the blocks' matrices",
     lr_adamw="learning rate of all other parameters",
     warmup="first steps, in which attention is frozen and eviction hard (Section 6.4)",
@@ -683,7 +687,7 @@ FLAGS = dict(
     recompute="save memory: of a pass keep h and S, repeat it for the gradient (checkpointing)",
     N_test="test with these N, too; 0: windows are evicted unread")
 MODEL_FLAGS = "L N layout d_model n_head eviction loop update_rule conv".split()
-LIMITS = dict(N=(1, 1000), N_test=(0, 1000), seed=(0, 10 ** 6), steps=(1, 10 ** 9),
+LIMITS = dict(N=(1, 1000), N_test=(0, 1000), L=(1, 10 ** 9), seed=(0, 10 ** 6), steps=(1, 10 ** 9),
               eval_every=(1, 10 ** 9), batch_size=(1, 10 ** 6), cooldown=(0, 1),
               lr_muon=(1e-9, 1e3), lr_adamw=(1e-9, 1e3))
 

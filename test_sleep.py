@@ -1632,7 +1632,7 @@ def test_a_step_as_it_is_trained_has_the_gradients_of_the_plain_step():
 
 def test_a_script_refuses_bad_input_in_one_line_with_status_2():
     for words, flags in (
-            ("--N [0] must be", "--N 0"), ("--N [5000]", "--N 5000"), ("--L 0 must divide", "--L 0"),
+            ("--N [0] must be", "--N 0"), ("--N [5000]", "--N 5000"), ("--L 0 must be", "--L 0"),
             ("must divide", "--L 9"), ("layout 'abc'", "--layout abc"), ("invalid choice", "--preset x"),
             ("multiple of", "--d_model 62 --n_head 4"), ("--rule 256", "--rule 256"),
             ("8 to 60 cells", "--W 4 --L 4"), ("0 to 1,000", "--t 99999"), ("--steps 0", "--steps 0"),
@@ -1649,7 +1649,7 @@ def test_a_script_refuses_bad_input_in_one_line_with_status_2():
         assert status == 2 and words in err and err.count("\n") == 1, (flags, status, err)
     for words, flags in (
             ("a K of 1", "--K 0"), ("between 1 and the 12 nodes", "--queries 13"),
-            ("take 7 to", "--nodes 4"), ("never full", "--L 25"), ("never full", "--L 0"),
+            ("take 7 to", "--nodes 4"), ("never full", "--L 25"), ("--L 0 must be", "--L 0"),
             ("cut a question", "--L 9"), ("--n_law some", "--n_law some"), ("--deeper", "--deeper 2")):
         status, _, err = script(train_khop, f"--device cpu {flags}")
         assert status == 2 and words in err and err.count("\n") == 1, (flags, status, err)
@@ -1843,6 +1843,10 @@ def test_the_record_and_a_watched_sleep_say_what_they_found_or_refuse_in_a_sente
         assert status == 0 and (out / "N2-seed0-wake.png").exists(), err
         found = json.loads((out / "N2-seed0-wake.json").read_text())
         assert len(found["fixed"]) == 3 and [*found["by_kind"]] == ["all windows"]
+        for Known, argv in ((experiments.load_task("forest"), "--L 0"), ((swaps.__doc__, swaps.PRESETS, swaps.FLAGS,
+                                                                         swaps.Swaps), "--L -3")):
+            status, _, err = run(sleep.main, *Known, shlex.split(f"--device cpu {argv}"))
+            assert status == 2 and "must be from 1" in err and err.count("\n") == 1, err
         status, _, err = run(record.main, shlex.split("--device cpu --nodes 7 --queries 7"))
         assert status == 2 and "the task of the record" in err, err
         for argv in ([str(out / "N2-seed0.json")], [str(out / "N2-seed0.pt"), "--N", "1"]):

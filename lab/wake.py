@@ -67,8 +67,7 @@ def stopped(moved, threshold):
 
 
 def in_order(tokens, depths, first):
-    """The same forests with the edges of parents, or of children, first: read in that order, a walk to the
-    root is met the wrong way round, or the right way."""
+    """The same forests with their edges sorted by depth: those of "parents", or of "children", first."""
     n = depths.shape[1]
     edges, asked = tokens[:, :2 * n].unflatten(1, (n, 2)), tokens[:, 2 * n:]
     deep = torch.zeros_like(depths).scatter(1, asked, depths).gather(1, edges[..., 0])         # of each edge
