@@ -2022,14 +2022,14 @@ def test_the_lab_draws_what_it_promises_and_refuses_the_rest_in_a_sentence():
         assert script(train_ca, f"{SMALL} --N 1 2 --out run")[0] == 0
         assert script(train_ca, f"{SMALL} --L 4 --N 2 --out other")[0] == 0
         assert run(plot.main, shlex.split("run"))[0] == 0
-        status, text, err = run(experiments.main, shlex.split(f"ca_gradient {SMALL}"))
-        assert status == 0 and "TFLOP" in text, err
-        (file,) = Path("out/experiments").glob("ca_gradient*.json")
-        runs = json.loads(file.read_text())["runs"]
-        assert [run["flags"] for run in runs] == [*experiments.EXPERIMENTS["ca_gradient"].conditions]
-        with patched(sleep, "evaluate", None):         # nothing that is finished is run again
-            assert run(experiments.main, shlex.split(f"ca_gradient {SMALL}"))[0] == 0
         khop = "--device cpu --nodes 7 --L 14 --K 2 --queries 2 --d_model 16 --batch_size 8 --steps 2"
+        status, text, err = run(experiments.main, shlex.split(f"gradient {khop}"))
+        assert status == 0 and "TFLOP" in text, err
+        (file,) = Path("out/experiments").glob("gradient*.json")
+        runs = json.loads(file.read_text())["runs"]
+        assert [run["flags"] for run in runs] == [*experiments.EXPERIMENTS["gradient"].conditions]
+        with patched(sleep, "evaluate", None):         # nothing that is finished is run again
+            assert run(experiments.main, shlex.split(f"gradient {khop}"))[0] == 0
         row = experiments.EXPERIMENTS["staircase"]
         two = row._replace(conditions=dict([*row.conditions.items()][:2]), N_test=(1, 2))
         with patched(experiments, "EXPERIMENTS", dict(two=two)):
