@@ -1649,7 +1649,7 @@ def test_a_script_refuses_bad_input_in_one_line_with_status_2():
         assert status == 2 and words in err and err.count("\n") == 1, (flags, status, err)
     for words, flags in (
             ("a K of 1", "--K 0"), ("between 1 and the 12 nodes", "--queries 13"),
-            ("take 7 to", "--nodes 4"), ("never full", "--L 25"), ("--L 0 must be", "--L 0"),
+            ("take 7 to", "--nodes 4"), ("be padding", "--L 49"), ("--L 0 must be", "--L 0"),
             ("cut a question", "--L 9"), ("--n_law some", "--n_law some"), ("--deeper", "--deeper 2")):
         status, _, err = script(train_khop, f"--device cpu {flags}")
         assert status == 2 and words in err and err.count("\n") == 1, (flags, status, err)

@@ -76,9 +76,9 @@ class Cycles:
         self.said = -2 if self.feed else -1                    # which of them says the answer
         self.prefix = self.M * (4 if self.words else 2) if self.question_first else 0
         context = self.prefix + edge * self.nodes
-        if not 1 <= args.L <= context:
-            raise sleep.BadInput(f"--L {args.L} must be between 1 and the {context} tokens before "
-                                 "the answers: a longer window is never full.")
+        if not 1 <= args.L <= 2 * context:
+            raise sleep.BadInput(f"--L {args.L} must be between 1 and {2 * context}, twice the tokens "
+                                 "before the answers: of a longer window most would be padding.")
         if self.M * self.ask > args.L and args.L % self.ask:
             raise sleep.BadInput(f"--L {args.L} would cut a question of {self.ask} tokens in two: "
                                  "take a multiple, or fewer --queries.")

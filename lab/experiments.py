@@ -124,7 +124,9 @@ EXPERIMENTS = {
             ("--layout aa --parallel --eviction sliding", "side by side, sliding window (Hymba)", 1710, 800),
             ("--layout aa --parallel", "side by side, hard eviction", 1775, 815),
             ("--layout ss", "SSM only, hard eviction", 2250, 1040),
-            ("--layout as", "in turn, hard eviction (the preset)", 2600, 1200))
+            ("--layout as", "in turn, hard eviction (the preset)", 2600, 1200),
+            ("--layout aa --eviction sliding --L 48", "transformer, nothing evicted", 1975),
+            ("--layout as --eviction sliding --L 48", "in turn, nothing evicted", 1725))
         for N, steps in zip((1, 3), costs)}),
     "roots": Row("forest", "Asleep for longer than in training: deeper answers?", {
         "--N 4": "trained with N = 4"}, "heat", (1, 2, 3, 4, 6, 8, 12, 16)),
