@@ -5,9 +5,9 @@ Goldstein, Fanti, arXiv 2605.26099. Sections, equations and lines are those of v
 
 Attention sees a window of L tokens. SSM blocks (state-space models) carry fast weights S: a matrix
 that maps keys to values and is written token by token. When the window is full the model sleeps: N
-passes over the window through all blocks, h and S carried from pass to pass. Then the window is
-evicted and only S remains (hard eviction). An answer takes one pass, whatever N is, and so does in
-training every window in which something is to be predicted. N = 1 is the plain hybrid.
+passes over the window through the blocks, h and S carried from pass to pass. Then the window is
+evicted and only S remains (hard eviction). An answer takes one pass, whatever N is, and so does, in
+training, every window with a target. N = 1 is the plain hybrid.
 
   name       paper      meaning                                          shape
   tokens     x, c       B sequences of T; a window is the paper's chunk  (B, T)
@@ -33,12 +33,12 @@ import torch.nn.functional as F
 # The fast-weight rule
 
 def gated_delta_rule(q, k, v, log_alpha, beta, S, delta=True):
-    """One token after another: the definition, and the oracle of the chunked form.
+    """One token after another: the definition, against which the chunked form is tested.
 
         S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,    o_t = S_t q_t
 
     Eq. 3 is the gated Hebbian write, S_t = alpha_t S_{t-1} + beta_t v_t k_t^T: delta=False. Gated
-    DeltaNet, used in the experiments, writes v_t - S k_t, what S lacks there, in the place of v_t.
+    DeltaNet, used in the experiments, writes v_t - alpha_t S_{t-1} k_t, what S lacks, in its place.
     Shapes as in the glossary, else ValueError. Returns o (B, H, T, V) and the last S.
     """
     check_shapes(q, k, v, log_alpha, beta, S)
@@ -132,12 +132,12 @@ class Memory(NamedTuple):
 def latest(x, n):
     """The last n tokens of x (..., T, d), fewer if there are not as many; the rest can be freed."""
     if n == 0:
-        return x.new_zeros(*x.shape[:-2], 0, x.shape[-1])      # x[..., T:, :] would hold x's graph
+        return x.new_zeros(*x.shape[:-2], 0, x.shape[-1])      # a slice would keep x's graph
     return x[..., max(x.shape[-2] - n, 0):, :].clone()
 
 
 class Embed(nn.Embedding):
-    """Tokens (B, T), integers of any width -> h (B, T, d). ValueError if they are not."""
+    """Tokens (B, T), integers of any type -> h (B, T, d). ValueError if they are not."""
 
     def forward(self, tokens):
         fit = tokens.ndim == 2 and tokens.numel() and not tokens.is_floating_point()
@@ -173,7 +173,7 @@ def rope(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Softmax attention (Eq. 1-2): every token sees itself and the L - 1 tokens before it."""
+    """Softmax attention (Eq. 1-2): a token sees itself and at most the L - 1 before it."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -213,8 +213,8 @@ class FastWeights(nn.Module):
         self.z = nn.Linear(d, d, bias=False)                                   # output gate
         self.ab = nn.Linear(d, 2 * self.H, bias=False)                         # alpha and beta
         # log_alpha = -e^A_log softplus(a + dt_bias), in Mamba's names. At first S halves, at a = 0,
-        # in log 2 / softplus(dt_bias) tokens. paper does not say: the half-lives. Here 4 tokens to
-        # all N * T that a sequence is read for, log-spaced over the heads (N = 1 to 4 alike).
+        # in log 2 / softplus(dt_bias) tokens. The paper does not say: the half-lives. Here from all
+        # N * T tokens that are read (N = 1 to 4 alike; one head has this) down to 4, log-spaced.
         longest = max(cfg.N, 4) * cfg.T
         half_life = torch.logspace(math.log10(longest), math.log10(4), self.H)
         self.dt_bias = nn.Parameter(torch.log(torch.expm1(math.log(2) / half_life)))
@@ -263,7 +263,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
 
     def forward(self, h, S, cache):
-        """h (B, T, d), this block's S and cache (see Memory) -> h, S, cache grown by T tokens."""
+        """h (B, T, d), this block's S and cache (see Memory) -> h, S, cache with these tokens."""
         tail, *kv = cache                  # kv: [keys, values]; [] for SSM
         x = self.norm1(h)
         if self.conv is not None:
@@ -311,7 +311,7 @@ class SleepLM(nn.Module):
         return Memory(S, cache, 0)
 
     def one_pass(self, h, S, cache, first, stop):
-        """h, S <- Blocks(h, S), blocks first to stop - 1; their caches grow by the tokens of h."""
+        """h, S <- Blocks(h, S), blocks first to stop - 1; also their caches with h's tokens."""
         S, cache = list(S), list(cache)
         with torch.autocast(h.device.type, torch.bfloat16, enabled=self.bf16):
             for i in range(first, stop):
@@ -347,7 +347,7 @@ class SleepLM(nn.Module):
     def wake(self, h, memory):
         """One pass over h (B, T, d), the next tokens of this window (Algorithm 1, line 10).
 
-        Returns logits (B, T, vocab) and the memory, whose cache has grown by T tokens.
+        Returns logits (B, T, vocab) and the memory, with these tokens in its cache.
         """
         self.check(h, memory)
         awake = memory.awake + h.shape[1]
@@ -392,9 +392,9 @@ class SleepLM(nn.Module):
                 out, memory = self.wake(h, memory)                             # line 10
                 memory = self.evict(memory)            # an awake window is evicted, too
             logits.append(out)
-        logits = torch.cat(logits[(T - M) // L:], 1)[:, -M:]   # without what is before the last M
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return logits, loss                                                    # line 11: the loss
+        logits = torch.cat(logits[(T - M) // L:], 1)[:, -M:]   # of the last M positions
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)   # line 11
+        return logits, loss
 
     @torch.no_grad()
     def stream(self, tokens, state=None):
@@ -410,7 +410,7 @@ class SleepLM(nn.Module):
             out, now = self.wake(h, now)
             logits.append(out)
             window = torch.cat([window, h], 1)                                 # (B, n, d)
-            if window.shape[1] == self.cfg.L:      # all N passes, from the S before it
+            if window.shape[1] == self.cfg.L:      # from the S before it: what was read awake goes
                 now = before = self.sleep(window, before)
                 window = window[:, :0]
         return torch.cat(logits, 1), (now, before, window)
@@ -450,8 +450,8 @@ class BadInput(ValueError):
 def train(task, cfg, settings, path):
     """Train one model -> the model and its run, a dict (see lab/README.md).
 
-    A step is line 14 of Algorithm 1. Every `eval_every` steps: evaluate, and save all that it takes
-    to go on exactly from here. Ends with a sentence if the loss or a weight is not finite.
+    Every `eval_every` steps: evaluate, and save all that it takes to go on exactly from here.
+    Ends with a sentence if the loss or a weight is not finite.
     """
     steps, every, device = settings["steps"], settings["eval_every"], settings["device"]
     model, optimizers, run = begin(task, cfg, settings, path)
@@ -466,7 +466,7 @@ def train(task, cfg, settings, path):
         grad_norm = grad_norm.maximum(nn.utils.get_total_norm(
             [p.grad for p in model.parameters() if p.grad is not None]))
         for optimizer in optimizers:
-            optimizer.step()
+            optimizer.step()                                               # line 14
         run["tokens"] += tokens.numel()
         if (step + 1) % every and step + 1 < steps:
             continue

@@ -33,7 +33,7 @@ import train_ca
 import train_gsm
 import train_khop
 from lab import (baselines, benchmark, demo, exercises, experiments, figures, film, gpu_check, ladder,
-                 plot, record, solutions, swaps, wake)
+                 plot, reach, record, solutions, swaps, wake)
 from sleep import Config, SleepLM
 
 HERE = Path(__file__).parent
@@ -1829,6 +1829,15 @@ def test_a_sleep_that_is_watched_is_the_sleep_and_stops_where_a_pass_moves_too_l
     assert wake.stopped(moved, 0.1).tolist() == [2, 1, 2]      # not after the first; else after the last
 
 
+def test_a_walk_counts_the_edges_to_a_node_and_says_when_it_never_comes_there():
+    tokens = torch.tensor([[5, 3, 3, 4, 4, 5, 7, 6, 6, 6]])        # 5 > 3 > 4 > 5, 7 > 6, a root
+    start, end = torch.tensor([[5, 5, 5, 4, 7, 6, 7, 3]]), torch.tensor([[5, 3, 4, 3, 6, 6, 5, 7]])
+    assert reach.walk(tokens, 5, start, end).tolist() == [[0, 1, 2, 2, 1, 0, 5, 5]]
+    tokens, targets, depths = forests("--steps 10").test
+    asked = tokens[:, -depths.shape[1]:]
+    assert torch.equal(reach.walk(tokens, depths.shape[1], asked, targets), depths)
+
+
 def test_the_record_and_a_watched_sleep_say_what_they_found_or_refuse_in_a_sentence():
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "a"
@@ -1843,14 +1852,22 @@ def test_the_record_and_a_watched_sleep_say_what_they_found_or_refuse_in_a_sente
         assert status == 0 and (out / "N2-seed0-wake.png").exists(), err
         found = json.loads((out / "N2-seed0-wake.json").read_text())
         assert len(found["fixed"]) == 3 and [*found["by_kind"]] == ["all windows"]
+        status, text, err = run(reach.main, [str(out / "N2-seed0.pt"), "--N", "1", "2", "--out", str(out / "r.png")])
+        assert status == 0 and (out / "r.png").exists(), err
+        for x in json.loads((out / "r.json").read_text()):     # its diagonal is the accuracy
+            right = a_run(out, "N2-seed0.json")["accuracy"]
+            assert all(abs(sum(row) - 1) < 1e-5 for row in x["share"].values())
+            if x["passes"] == 2:
+                assert all(abs(row[int(k)] - right[k]) < 1e-6 for k, row in x["share"].items())
         for Known, argv in ((experiments.load_task("forest"), "--L 0"), ((swaps.__doc__, swaps.PRESETS, swaps.FLAGS,
                                                                          swaps.Swaps), "--L -3")):
             status, _, err = run(sleep.main, *Known, shlex.split(f"--device cpu {argv}"))
             assert status == 2 and "must be from 1" in err and err.count("\n") == 1, err
         status, _, err = run(record.main, shlex.split("--device cpu --nodes 7 --queries 7"))
         assert status == 2 and "the task of the record" in err, err
-        for argv in ([str(out / "N2-seed0.json")], [str(out / "N2-seed0.pt"), "--N", "1"]):
-            status, _, err = run(wake.main, argv)
+        for module, argv in ((wake, [str(out / "N2-seed0.json")]), (wake, [str(out / "N2-seed0.pt"), "--N", "1"]),
+                             (reach, [str(out / "N2-seed0.json")]), (reach, [str(out / "N2-seed0.pt"), "--N", "-1"])):
+            status, _, err = run(module.main, argv)
             assert status == 2 and err.count("\n") == 1, err
 
 
@@ -2056,6 +2073,8 @@ def test_the_lab_draws_what_it_promises_and_refuses_the_rest_in_a_sentence():
     for file in (HERE / "lab").glob("*.json"):         # every committed result can still be read
         if file.name.startswith("roots-wake"):
             assert len(json.loads(file.read_text())["fixed"]) == 16, file
+        elif file.stem.endswith("-reach"):
+            assert all(sum(row) > 0.999 for x in json.loads(file.read_text()) for row in x["share"].values())
         elif not file.name.startswith("benchmark"):
             assert plot.load_runs(file), file
 

@@ -109,7 +109,7 @@ class Cycles:
         name = rand(rows, self.nodes).argsort(1)               # node at place i of the cycle
         after = name.gather(1, (i + 1) % n)                    # the node it points to
         live = i < n
-        # One cycle in eight is kept for the test. Rows on the right side come first.
+        # One cycle in eight is kept for the test. Rows of this side come first.
         code = ((name + 1) * (after + 1) * live).sum(1)
         right = (((code * 2654435761) & (2 ** 32 - 1)) < 2 ** 29) == test
         pick = right.int().argsort(descending=True, stable=True)[:B]

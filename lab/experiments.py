@@ -476,7 +476,7 @@ def plot_heat(runs, row, path):
     mean of the seeds, below it their range where it is wide."""
     groups, metric = by_label(runs), next(iter(runs[0]["chance"]))
     columns = cases(runs[0], metric)
-    width = max(2.7, 0.6 * len(columns)) * len(groups) + 1.4
+    width = max(2.7, 0.78 * len(columns)) * len(groups) + 1.4
     fig, axes = figure(1, len(groups), (max(width, 5.5), 0.42 * len(row.N_test) + 2.0), sharey=True)
     for ax, (label, group) in zip(axes[0], groups.items()):
         seeds = [[[pick(run["N_test"][str(n)], metric, case) for run in group] for case in columns]
@@ -502,7 +502,7 @@ def plot_heat(runs, row, path):
     axes[0, 0].set_ylabel("passes of the sleep at the test")
     guess = pick(runs[0]["chance"], metric, columns[0])
     fig.colorbar(image, ax=axes[0, -1], label=f"{METRICS.get(metric, metric)} (guess {guess:.2f})")
-    fig.suptitle(f"{row.question}\n{title(runs)}\nmean, range of the seeds; framed: as in training",
+    fig.suptitle(f"{row.question}\n{title(runs)}\nmean; range of the seeds if above 0.1; framed: as in training",
                  fontsize=10)
     save_figure(fig, path)
 

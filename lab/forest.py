@@ -3,9 +3,9 @@
 Three trees of equal size; every node points to its parent, a root to itself. The edges stand in random
 order in one window, and are evicted; then each node is asked for: which root does it lead to? Who knows
 no more than the roots is right once in three times. (With three trees only, training was stuck at that
-guess. So some batches have more and smaller trees, where it is worth less.) In training no node lies
-deeper than `depth` edges, in the test up to `test_depth`: a model that steps from parent to parent can
-go on for as long as it sleeps.
+guess. So it has three to twelve, the more the smaller: there the guess is worth less.) In training no
+node lies deeper than `depth` edges, in the test up to `test_depth`: a model that steps from parent to
+parent can go on for as long as it sleeps.
 
     3 1  1 1  0 3  2 2  4 0  5 2 ..   | 4 0 5 ..       edges (node, parent), questions; answers 1 1 2 ..
 
@@ -20,7 +20,7 @@ import sleep
 PRESETS = {"cpu": dict(N=[4], size=8, depth=3, test_depth=7, deeper=0.3, L=48, layout="as", d_model=96,
                        n_head=1, steps=2000, batch_size=32, lr_muon=1e-2, lr_adamw=4e-3, cooldown=0.4,
                        N_test=[1, 2, 3, 4, 6, 8, 12, 16])}
-FLAGS = dict(size="nodes of each of the three trees",
+FLAGS = dict(size="nodes of each of the test's three trees",
              depth="edges from the deepest node to its root, in training",
              test_depth="the same, in the test",
              deeper="first share of the steps, in which the depth grows from 1")
