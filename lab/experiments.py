@@ -85,9 +85,13 @@ EXPERIMENTS = {
         **{f"--N {N} --steps 3600 --seed 0 1 2": f"N = {N}, 3 x tokens" for N in (1, 2, 3, 4)},
         "--N 1 --steps 12000 --seed 0 1": "N = 1, 10 x tokens",
         "--N 1 --n_head 2 --seed 0 1 2": "N = 1 with 2 heads",
+        "--N 1 --batch_size 16 --steps 10400 --eval_every 400 --seed 0 1 2": "N = 1 in batches of 16",
         "--N 1 --layout asasas --seed 0 1 2": "N = 1 and three times as deep",
         "--N 1 --d_model 112 --seed 0 1 2": "N = 1 and wider",
         "--N 1 --think 3 --seed 0 1 2": "N = 1 and 3 passes over the answers"}, "tflop"),
+    "windows": Row("khop", "And if the edges fill two windows?", {
+        "--N 3": "one window, 3 passes", "--N 1 --steps 2600": "one window, 1 pass",
+        "--N 3 --L 12": "two windows, 3 passes", "--N 1 --L 12 --steps 2600": "two windows, 1 pass"}),
     "iterated": Row("khop", "What is iterated: h, S, or both?", {
         "--N 3": "3 passes hand on h and S",
         "--N 3 --carry h": "3 passes hand on h, the last one writes S",
