@@ -419,6 +419,14 @@ def by_label(runs):
     return groups
 
 
+def fewer_seeds(group, runs):
+    """" (seeds 0, 1)", if others of the runs have more seeds than the group."""
+    seeds = sorted({run["seed"] for run in group})
+    if len(seeds) == len({run["seed"] for run in runs}):
+        return ""
+    return f" (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})"
+
+
 def cases(run, metric):
     """The cases of a metric, or [None] if it is one number."""
     return [case for row in panels({metric: run["chance"][metric]}) for _, case in row]
@@ -444,7 +452,7 @@ def plot_conditions(runs, row, path):
             named |= {said, best["words"]}
         ax.set(yticks=range(0, -len(groups), -1), xlim=(0, 1.03))
         ax.set_title(case_words(row.task, case), fontsize=10)
-        ax.set_yticklabels([f"{label}  [{group[0]['tflop']:.3g} TFLOP]"
+        ax.set_yticklabels([f"{label}{fewer_seeds(group, runs)}  [{group[0]['tflop']:.3g} TFLOP]"
                             for label, group in groups.items()], fontsize=8)
         ax.set_xlabel(METRICS.get(metric, metric) if len(columns) == 1 else
                       METRICS.get(metric, metric).split(":")[0])
@@ -480,9 +488,11 @@ def plot_heat(runs, row, path):
     mean of the seeds, below it their range where it is wide."""
     groups, metric = by_label(runs), next(iter(runs[0]["chance"]))
     columns = cases(runs[0], metric)
-    width = max(2.7, 0.78 * len(columns)) * len(groups) + 1.4
-    fig, axes = figure(1, len(groups), (max(width, 5.5), 0.42 * len(row.N_test) + 2.0), sharey=True)
-    for ax, (label, group) in zip(axes[0], groups.items()):
+    width = max(2.7, 0.78 * len(columns))
+    high = 1 if width * len(groups) < 14 else 2                # panels above each other
+    wide = math.ceil(len(groups) / high)
+    fig, axes = figure(high, wide, (max(width * wide + 1.4, 5.5), 0.45 * len(row.N_test) * high + 2.0), sharey=True)
+    for ax, (label, group) in zip(axes.flat, groups.items()):
         seeds = [[[pick(run["N_test"][str(n)], metric, case) for run in group] for case in columns]
                  for n in row.N_test]
         means = [[sum(v) / len(v) for v in line] for line in seeds]
@@ -494,18 +504,19 @@ def plot_heat(runs, row, path):
                 ax.text(x, y, f"{value:.2f}{spread}", ha="center", va="center",
                         fontsize=6.5 if spread else 8, color="w" if value < 0.6 else "k")
         s, last = OWN | group[0]["settings"], row.N_test.index(group[0]["N"])
-        wide = s.get("depth", len(columns))                    # the cases and passes of training
-        high = last + 1 if s["every_pass"] or s["any_N"] or s["grow_N"] else 1
-        ax.add_patch(Rectangle((-0.5, last + 0.5 - high), wide, high, fill=False, ec="r", lw=2,
+        trained = s.get("depth", len(columns))                 # the cases and passes of training
+        rows = last + 1 if s["every_pass"] or s["any_N"] or s["grow_N"] else 1
+        ax.add_patch(Rectangle((-0.5, last + 0.5 - rows), trained, rows, fill=False, ec="r", lw=2,
                                clip_on=False, zorder=3))
         ax.set_xticks(range(len(columns)), columns)
         ax.set_yticks(range(len(row.N_test)), row.N_test)
-        ax.set_title(label, fontsize=10)
+        ax.set_title(label + fewer_seeds(group, runs), fontsize=10)
         ax.set_xlabel("depth: edges to the root" if row.task == "forest" else TASKS[row.task][1] + "s")
         ax.grid(False)
-    axes[0, 0].set_ylabel("passes of the sleep at the test")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("passes of the sleep at the test")
     guess = pick(runs[0]["chance"], metric, columns[0])
-    fig.colorbar(image, ax=axes[0, -1], label=f"{METRICS.get(metric, metric)} (guess {guess:.2f})")
+    fig.colorbar(image, ax=axes[:, -1], label=f"{METRICS.get(metric, metric)} (guess {guess:.2f})")
     fig.suptitle(f"{row.question}\n{title(runs)}\nmean; range of the seeds if above 0.1; framed: as in training",
                  fontsize=10)
     save_figure(fig, path)

@@ -18,9 +18,11 @@ TASKS = {                                  # in words: the task, one case of it,
     "ca": ("Cellular automaton", "", dict(rule="rule {}", t="steps asked for: {}", W="{} cells")),
     "khop": ("Hops along a shuffled cycle", "hop", dict(nodes="{} nodes")),
     "forest": ("Roots of three trees", "edge", dict(size="{} nodes each", depth="trained up to depth {}")),
+    "swaps": ("Swaps of four items", "", {}),
     "gsm": ("Word problems", "read", dict(p="numbers modulo {}", reads="chains of up to {} reads")),
 }
-METRICS = dict(exact="exact: every bit right", bit="bit: share of bits right",
+METRICS = dict(places="places: share of them right", all="all: all four places right",
+               exact="exact: every bit right", bit="bit: share of bits right",
                accuracy="accuracy: share of answers right", loss="loss: cross entropy in nats",
                forward="accuracy of forward problems", reverse="accuracy of reverse problems")
 

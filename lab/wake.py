@@ -121,7 +121,9 @@ def draw(found, path, task):
     for ax in axes[0, :2]:
         ax.axvline(found["N"], color="k", ls="--", lw=1)
         ax.set_xlabel("pass")
-    fig.suptitle(f"When to wake? {TASKS[task.name][0]}, trained with N = {found['N']} (dashed)",
+    args = vars(getattr(task, "args", Namespace()))
+    changed = "".join(f", --{flag}" for flag, value in experiments.OWN.items() if args.get(flag, value) != value)
+    fig.suptitle(f"When to wake? {TASKS[task.name][0]}, trained with N = {found['N']} (dashed){changed}",
                  fontsize=10)
     legend(fig, axes[0, 0], "windows, by their deepest node" if task.name == "forest" else "")
     save_figure(fig, path)
