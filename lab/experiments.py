@@ -133,7 +133,7 @@ EXPERIMENTS = {
             ("--layout as --eviction sliding --L 48", "in turn, nothing evicted", 1725))
         for N, steps in zip((1, 3), costs)} | {
         "--N 3 --layout as --eviction sliding --warmup 300 --steps 1190":
-            "in turn, sliding window after 300 steps with attention frozen, 3 passes"}),
+            "in turn, sliding window, attention frozen at first, 3 passes"}),
     "roots": Row("forest", "Asleep for longer than in training: deeper answers?", {
         "--N 4": "trained with N = 4"}, "heat", (1, 2, 3, 4, 6, 8, 12, 16)),
     "roots_levers": Row("forest", "What does a longer sleep need, to answer deeper?", {
