@@ -515,6 +515,8 @@ def plot_heat(runs, row, path):
         ax.set_title(label + fewer_seeds(group, runs), fontsize=10)
         ax.set_xlabel("depth: edges to the root" if row.task == "forest" else TASKS[row.task][1] + "s")
         ax.grid(False)
+    for ax in axes.flat[len(groups):]:
+        ax.set_axis_off()
     for ax in axes[:, 0]:
         ax.set_ylabel("passes of the sleep at the test")
     guess = pick(runs[0]["chance"], metric, columns[0])
