@@ -1869,6 +1869,15 @@ def test_the_record_and_a_watched_sleep_say_what_they_found_or_refuse_in_a_sente
                              (reach, [str(out / "N2-seed0.json")]), (reach, [str(out / "N2-seed0.pt"), "--N", "-1"])):
             status, _, err = run(module.main, argv)
             assert status == 2 and err.count("\n") == 1, err
+        few = "--device cpu --preset cpu --steps 1 --batch_size 4 --N 2 --out"
+        for i, (task, argv, said) in enumerate((
+                ("khop", "--question_first --L 48", "more than edges"), ("khop", "--K 5", "another test"),
+                ("forest", "--N_test 1", "another test"))):
+            other = Path(folder) / str(i)
+            status, _, err = run(sleep.main, *experiments.load_task(task), shlex.split(f"{few} {other} {argv}"))
+            assert status == 0, err
+            status, _, err = run(reach.main, [str(out / "N2-seed0.pt"), str(other / "N2-seed0.pt")])
+            assert status == 2 and said in err and err.count("\n") == 1, err
 
 
 def test_every_condition_of_every_experiment_makes_a_model():

@@ -35,7 +35,7 @@ def walk(tokens, n, start, end):
 def measure(model, task, N):
     """{edges to the right answer: shares of answers that lie 0, 1, ..., n - 1 edges away, or elsewhere}"""
     tokens, targets = task.test[:2]
-    n, M = model.cfg.L // 2, targets.shape[1]
+    n, M = task.nodes, targets.shape[1]
     asked = (targets >= 0)[0].nonzero().squeeze(1)             # the same places in every sequence
     start, end = tokens[:, -M:][:, asked], targets[:, asked]
     said = model(tokens, targets, N=N)[0].argmax(-1)[:, asked]
@@ -81,8 +81,12 @@ def main(argv=None):
             raise sleep.BadInput(f"--N {args.N} --out {args.out}: take passes >= 0, and a name that ends in .png.")
         for path in args.checkpoint:
             model, task = wake.load(path)
-            if getattr(task, "words", False):
-                raise sleep.BadInput(f"{path}: its edges are told in words; take a model of the cpu preset.")
+            if model.cfg.L != 2 * task.nodes:                  # words, padding, questions in front
+                raise sleep.BadInput(f"{path}: its window holds more than edges; take a model of a cpu preset.")
+            first = next(iter(kinds.values()), [(0, model, task)])[0][2]
+            if task.test[0].shape != first.test[0].shape or not torch.equal(task.test[0], first.test[0]):
+                raise sleep.BadInput(f"{path} has another test than {args.checkpoint[0]}: take models of one "
+                                     "task, with the same settings of it.")
             kinds.setdefault(model.cfg.N, []).append((task.seed, model, task))
     except sleep.BadInput as e:
         p.error(e)
