@@ -142,6 +142,10 @@ EXPERIMENTS = {
         "--N 4 --recall --grow_N 0.4 --seed 0": "recall, growing N",
         "--N 4 --every_pass --grow_N 0.4 --seed 0": "a loss a pass, growing N"},
         "heat", (1, 2, 3, 4, 6, 8, 12, 16)),
+    "roots_N": Row("forest", "How many passes of training teach a step that can be repeated?", {
+        **{f"--N {N} --seed 0": f"trained with N = {N}" for N in (1, 2, 3, 4)},
+        "--N 4 --any_N --seed 0": "trained with N drawn from 1 to 4"},
+        "heat", (1, 2, 3, 4, 6, 8, 12, 16)),
     "ca_splits": Row("ca", "Do three passes learn more of Rule 110?", times(
         {f"--split {x} --seed {x}": f"split and seed {x}" for x in (0, 1, 2)}, ONE_OR_THREE)),
     "ca_long": Row("ca", "Does a gap survive convergence, at 8 steps of the rule?", {
