@@ -6,8 +6,8 @@ Goldstein, Fanti, arXiv 2605.26099. Sections, equations and lines are those of v
 Attention sees a window of L tokens. SSM blocks (state-space models) carry fast weights S: a matrix
 that maps keys to values and is written token by token. When the window is full the model sleeps: N
 passes over the window through the blocks, h and S carried from pass to pass. Then the window is
-evicted and only S remains (hard eviction). An answer takes one pass, whatever N is, and so does, in
-training, every window with a target. N = 1 is the plain hybrid.
+evicted and only S remains (hard eviction). An answer takes one pass, whatever N is; in training, so
+does every window with a target. N = 1 is the plain hybrid.
 
   name       paper      meaning                                          shape
   tokens     x, c       B sequences of T; a window is the paper's chunk  (B, T)
@@ -213,8 +213,8 @@ class FastWeights(nn.Module):
         self.z = nn.Linear(d, d, bias=False)                                   # output gate
         self.ab = nn.Linear(d, 2 * self.H, bias=False)                         # alpha and beta
         # log_alpha = -e^A_log softplus(a + dt_bias), in Mamba's names. At first S halves, at a = 0,
-        # in log 2 / softplus(dt_bias) tokens. The paper does not say: the half-lives. Here from all
-        # N * T tokens that are read (N = 1 to 4 alike; one head has this) down to 4, log-spaced.
+        # in log 2 / softplus(dt_bias) tokens. The paper does not say: the half-lives. Here they are
+        # log-spaced over the heads, from max(N, 4) * T tokens (one head has this) down to 4.
         longest = max(cfg.N, 4) * cfg.T
         half_life = torch.logspace(math.log10(longest), math.log10(4), self.H)
         self.dt_bias = nn.Parameter(torch.log(torch.expm1(math.log(2) / half_life)))
@@ -410,7 +410,7 @@ class SleepLM(nn.Module):
             out, now = self.wake(h, now)
             logits.append(out)
             window = torch.cat([window, h], 1)                                 # (B, n, d)
-            if window.shape[1] == self.cfg.L:      # from the S before it: what was read awake goes
+            if window.shape[1] == self.cfg.L:      # from the S before it; S read awake is dropped
                 now = before = self.sleep(window, before)
                 window = window[:, :0]
         return torch.cat(logits, 1), (now, before, window)

@@ -16,7 +16,8 @@ leaves out `is`.
     python train_gsm.py --preset paper --batch_size 64 --recompute      Section 6.3, for a GPU
     python train_gsm.py --preset paper --L 512 --eviction sliding --warmup 1562 --recompute      6.4
 
-paper does not say: how its problems are made. The generator is ours, see the README.
+paper does not say: how its problems are made. The generator is ours: lab/README.md, "Where the
+paper is silent".
 """
 import inspect
 import json

@@ -3,7 +3,7 @@
 The edges of one directed cycle of n nodes in random order, then questions: which node is k hops
 after q? The edges are evicted before the first question. Storing them is the same work for every k;
 only the number of edges that an answer strings together grows. In its first pass a token can read
-only the edges before it.
+only the edges before it: it strings edges together as far as they stand in order.
 
     3 -> 0 , 1 -> 3 , 0 -> 2 , 2 -> 1 ,     2 hops after 1 :     edges, then a question (words)
     3 0 1 3 0 2 2 1                         2 1                  the same, terse
