@@ -83,6 +83,7 @@ EXPERIMENTS = {
     "depth": Row("khop", "What does the same compute buy?", {
         **{f"--N {N} --seed 0 1 2 3 4": f"N = {N}" for N in (1, 2, 3, 4)},
         **{f"--N {N} --steps 3600 --seed 0 1 2": f"N = {N}, 3 x tokens" for N in (1, 2, 3, 4)},
+        "--N 1 --steps 2600 --seed 0 1 2": "N = 1, 2.2 x tokens",
         "--N 1 --steps 12000 --seed 0 1": "N = 1, 10 x tokens",
         "--N 1 --n_head 2 --seed 0 1 2": "N = 1 with 2 heads",
         "--N 1 --batch_size 16 --steps 10400 --eval_every 400 --seed 0 1 2": "N = 1 in batches of 16",
