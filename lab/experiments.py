@@ -147,8 +147,11 @@ EXPERIMENTS = {
         **{f"--N {N} --seed 0": f"trained with N = {N}" for N in (1, 2, 3, 4)},
         "--N 4 --any_N --seed 0": "trained with N drawn from 1 to 4"},
         "heat", (1, 2, 3, 4, 6, 8, 12, 16)),
+    "gsm_compute": Row("gsm", "Word problems: what is left at the same compute?", {
+        "--N 1": "1 pass", "--N 1 --steps 4340": "1 pass, 4,340 steps", "--N 3": "3 passes"}),
     "ca_splits": Row("ca", "Do three passes learn more of Rule 110?", times(
-        {f"--split {x} --seed {x}": f"split and seed {x}" for x in (0, 1, 2)}, ONE_OR_THREE)),
+        {f"--split {x} --seed {x}": f"split and seed {x}" for x in (0, 1, 2)},
+        ONE_OR_THREE | {"--N 1 --lr_muon 0.014 --lr_adamw 0.006": "1 pass, rates of its own"})),
     "ca_long": Row("ca", "Does a gap survive convergence, at 8 steps of the rule?", {
         "--t 8 --steps 6000 --N 1": "1 pass, 6,000 steps",
         "--t 8 --steps 2000 --N 3": "3 passes, 2,000 steps"}),
