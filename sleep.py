@@ -410,7 +410,7 @@ class SleepLM(nn.Module):
             out, now = self.wake(h, now)
             logits.append(out)
             window = torch.cat([window, h], 1)                                 # (B, n, d)
-            if window.shape[1] == self.cfg.L:      # from the S before it; S read awake is dropped
+            if window.shape[1] == self.cfg.L:      # from the S before it; the awake S is dropped
                 now = before = self.sleep(window, before)
                 window = window[:, :0]
         return torch.cat(logits, 1), (now, before, window)

@@ -144,8 +144,8 @@ EXPERIMENTS = {
         "--N 4 --every_pass --grow_N 0.4 --seed 0": "a loss a pass, growing N"},
         "heat", (1, 2, 3, 4, 6, 8, 12, 16)),
     "roots_N": Row("forest", "How many passes of training teach a step that can be repeated?", {
-        **{f"--N {N} --seed 0": f"trained with N = {N}" for N in (1, 2, 3, 4)},
-        "--N 4 --any_N --seed 0": "trained with N drawn from 1 to 4"},
+        **{f"--N {N}": f"trained with N = {N}" for N in (1, 2, 3, 4)},
+        "--N 4 --any_N": "trained with N drawn from 1 to 4"},
         "heat", (1, 2, 3, 4, 6, 8, 12, 16)),
     "gsm_compute": Row("gsm", "Word problems: what is left at the same compute?", {
         "--N 1": "1 pass", "--N 1 --steps 4340": "1 pass, 4,340 steps", "--N 3": "3 passes"}),

@@ -75,7 +75,7 @@ def main(argv=None):
     p.add_argument("--N", type=int, nargs="+", help="passes at the test; default: as in training")
     p.add_argument("--out", type=Path, default=Path("out/reach.png"), help="default: out/reach.png")
     args = p.parse_args(argv)
-    kinds = {}                             # {N in training: [(seed, model, task)]}
+    kinds, first = {}, None                # {N in training: [(seed, model, task)]}, the first task
     try:
         if args.out.suffix != ".png" or args.N and min(args.N) < 0:
             raise sleep.BadInput(f"--N {args.N} --out {args.out}: take passes >= 0, and a name that ends in .png.")
@@ -83,8 +83,8 @@ def main(argv=None):
             model, task = wake.load(path)
             if model.cfg.L != 2 * task.nodes:                  # words, padding, questions in front
                 raise sleep.BadInput(f"{path}: its window holds more than edges; take a model of a cpu preset.")
-            first = next(iter(kinds.values()), [(0, model, task)])[0][2]
-            if task.test[0].shape != first.test[0].shape or not torch.equal(task.test[0], first.test[0]):
+            first = task if first is None else first
+            if not torch.equal(task.test[0], first.test[0]):
                 raise sleep.BadInput(f"{path} has another test than {args.checkpoint[0]}: take models of one "
                                      "task, with the same settings of it.")
             kinds.setdefault(model.cfg.N, []).append((task.seed, model, task))
@@ -101,7 +101,7 @@ def main(argv=None):
                 said = [f"{i}: {x:.2f}" for i, x in enumerate(row[:-1]) if x >= 0.005]
                 print(f"  k = {k}: so many lie so far:  {'  '.join(said)}  elsewhere: {row[-1]:.2f}")
     sleep.write(args.out.with_suffix(".json"), lambda path: path.write_text(json.dumps(found, indent=1)))
-    draw(found, args.out, models[0][2].name)
+    draw(found, args.out, first.name)
     print(f"saved: {args.out.with_suffix('.json')}, {args.out}")
 
 
