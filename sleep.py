@@ -4,23 +4,33 @@
 Goldstein, Fanti, arXiv 2605.26099. Sections, equations and lines are those of version 3.
 
 Attention sees a window of L tokens. SSM blocks (state-space models) carry fast weights S: a matrix
-that maps keys to values and is written token by token. When the window is full the model sleeps: N
-passes over the window through the blocks, h and S carried from pass to pass. Then the window is
-evicted and only S remains (hard eviction). An answer takes one pass, whatever N is; in training, so
-does every window with a target. N = 1 is the plain hybrid.
+that maps keys to values and is written token by token. When the window is full, the model sleeps:
+it makes N passes over the window through all blocks, and hands the features h and the fast weights
+S from pass to pass. Then the window is evicted. Under hard eviction only S remains. An answer takes
+one pass, whatever N is. N = 1 is the plain hybrid of attention and SSM blocks.
 
   name       paper      meaning                                          shape
   tokens     x, c       B sequences of T; a window is the paper's chunk  (B, T)
+  targets               what the last M positions are to predict         (B, M)
   h          h          features, one vector of width d per token        (B, T, d)
-  q k v      q k v      query, key, value, H heads of K = V = d / H      (B, H, T, K)
-  alpha      alpha_t    how much of S a token keeps, as log_alpha <= 0   (B, H, T)
+  q k v      q k v      query, key, value                                (B, H, T, K or V)
+  H, K, V               heads; sizes of a key and of a value: both d / H
+  P                     tokens of this window that are in the cache already
+  C                     tokens of a chunk, in the chunked form of the rule
+  alpha      alpha_t    the share of S that a token keeps; log_alpha <= 0   (B, H, T)
   beta       beta_t     how strongly a token is written, in (0, 1)       (B, H, T)
-  S          S_t        fast weights: S k ~ v                            (B, H, V, K)
+  S          S_t        fast weights: S k is close to v                  (B, H, V, K)
   L, N       L, N       window length; passes of a sleep
 
-Read down to the line "The method ends here". `python sleep.py` shows a trained model asleep.
+The order of this file: the model and its sleep; its layers; the fast-weight rule, token by token.
+Two parts can be skipped at first reading: the same rule as matrix products, and the checks of what
+is passed in. There the method ends. What follows trains it.
+
+`python sleep.py` shows a trained model asleep.
 """
 import math
+import operator
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -28,6 +38,424 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
+
+
+# ------------------------------------------------------------------------------------------------
+# The model and its sleep
+
+@dataclass(frozen=True)
+class Config:
+    """A model. ValueError says in one sentence what does not fit."""
+    vocab_size: int
+    T: int                         # tokens of a sequence: sets the longest half-life, not a limit
+    L: int                         # window of attention, in tokens
+    N: int = 1                     # passes of a sleep, where a call does not say otherwise
+    layout: str = "asas"           # one letter a block: a = attention, s = SSM (fast weights)
+    d_model: int = 256             # width d
+    n_head: int = 4                # heads H of every mixer
+    eviction: str = "hard"         # hard: only S survives; sliding: also the latest L - 1 tokens
+    update_rule: str = "gated_delta"   # one of UPDATE_RULES
+    conv: str = "as"               # blocks with a short convolution in front; in the paper: s
+    bf16: bool = False             # matrix products of the blocks in bfloat16; the rule in float32
+
+    def __post_init__(self):
+        check_config(self)
+
+
+class Cache(NamedTuple):
+    """What a block keeps of its latest tokens. It is emptied by hard eviction."""
+    tail: torch.Tensor             # input of the short convolution (B, n, d)
+    keys: torch.Tensor | None      # of attention (B, H, P, K); None in an SSM block
+    values: torch.Tensor | None    # of attention (B, H, P, V); None in an SSM block
+
+
+class Memory(NamedTuple):
+    """All that a model knows of the past. It is passed in and returned, never kept in the module."""
+    S: list                        # one a block: fast weights (B, H, V, K), None for attention
+    cache: list                    # one Cache a block
+    n_awake: int                   # tokens read since the last eviction; a window has space for L
+
+
+class SleepLM(nn.Module):
+    """A looped hybrid (Eq. 6) that sleeps before it forgets (Section 5, Algorithm 1)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.recompute = False     # save memory in training: see one_pass
+        self.embed = Embed(cfg.vocab_size, cfg.d_model)
+        self.blocks = nn.ModuleList(Block(kind, cfg) for kind in cfg.layout)
+        self.norm = nn.RMSNorm(cfg.d_model)
+        self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)     # OutProj
+        self.initialize()
+
+    def initialize(self):
+        """Our choice, as standard deviations: embeddings 1, matrices d_in^-1/2, convolutions 0.5.
+
+        The head starts at 0.
+        """
+        nn.init.normal_(self.embed.weight)
+        nn.init.zeros_(self.head.weight)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+            elif isinstance(module, ShortConv):
+                nn.init.normal_(module.weight, std=0.5)
+
+    def empty_memory(self, B):
+        """S = 0 (Algorithm 1, line 1) and empty caches, for B sequences."""
+        cfg = self.cfg
+        weight = self.embed.weight
+        H = cfg.n_head
+        K = cfg.d_model // H
+        # S is float32 even if the weights are not; in float64 it follows them.
+        S_type = torch.promote_types(weight.dtype, torch.float32)
+        kv_type = torch.bfloat16 if cfg.bf16 else weight.dtype
+        S = []
+        cache = []
+        for kind in cfg.layout:
+            tail = weight.new_zeros(B, 0, cfg.d_model)
+            if kind == "s":
+                S.append(weight.new_zeros(B, H, K, K, dtype=S_type))
+                cache.append(Cache(tail, None, None))
+            else:
+                S.append(None)
+                no_tokens = weight.new_zeros(B, H, 0, K, dtype=kv_type)
+                cache.append(Cache(tail, no_tokens, no_tokens))
+        return Memory(S, cache, 0)
+
+    def one_pass(self, h, S, cache):
+        """h, S <- Blocks(h, S): all blocks once. Also returns their caches, with h's tokens added."""
+        if self.recompute and torch.is_grad_enabled():
+            # Of a pass only h and S are kept. The backward pass runs it again for the rest.
+            return recompute_in_backward(self.blocks_once, h, S, cache, use_reentrant=False,
+                                         preserve_rng_state=False)         # nothing is random
+        return self.blocks_once(h, S, cache)
+
+    def blocks_once(self, h, S, cache):
+        S = list(S)
+        cache = list(cache)
+        # Without autocast's own cache: it outlives a training step inside another autocast.
+        with torch.autocast(h.device.type, torch.bfloat16, self.cfg.bf16, cache_enabled=False):
+            for i, block in enumerate(self.blocks):
+                h, S[i], cache[i] = block(h, S[i], cache[i])
+        return h, S, cache
+
+    def sleep(self, h, memory, N=None):
+        """N passes over a window, then eviction (Algorithm 1, lines 6-7). N = 0: evicted unread.
+
+        h (B, T <= L, d): embeddings of the window. h and S go from pass to pass. Every pass reads
+        the cache that the window began with (under hard eviction it is empty), and for sliding
+        eviction the last pass's cache is kept. Returns the memory after eviction.
+        """
+        N = self.cfg.N if N is None else whole_number("N", N, 0)
+        self.check(h, memory, asleep=True)
+        S = memory.S
+        cache = memory.cache
+        for _ in range(N):                                                 # line 6
+            h, S, cache = self.one_pass(h, S, memory.cache)                # line 7
+        return self.evict(Memory(S, cache, 0))
+
+    def evict(self, memory):
+        """Hard eviction empties the cache; sliding eviction keeps L - 1 tokens of it. S stays."""
+        keep = 0 if self.cfg.eviction == "hard" else self.cfg.L - 1
+        cache = []
+        for tail, keys, values in memory.cache:
+            if keys is not None:
+                keys = latest(keys, keep)
+                values = latest(values, keep)
+            cache.append(Cache(latest(tail, keep), keys, values))
+        return Memory(memory.S, cache, 0)
+
+    def wake(self, h, memory):
+        """One pass over h (B, T, d), the next tokens of a window (Algorithm 1, line 10).
+
+        Returns logits (B, T, vocab) and the memory, with these tokens in its cache.
+        """
+        self.check(h, memory)
+        h_out, S, cache = self.one_pass(h, memory.S, memory.cache)
+        logits = self.head(self.norm(h_out))
+        return logits, Memory(S, cache, memory.n_awake + h.shape[1])
+
+    def forward(self, tokens, targets, N=None):
+        """Algorithm 1: windows without a target sleep, the others are read in one pass.
+
+        tokens (B, T). targets (B, M): what the last M positions are to predict, already shifted; a
+        negative number, as PyTorch's -100, is nothing. N: passes of a sleep, or a list of them, one
+        a window (not used where a window is awake).
+
+        Fill whole windows: a window that holds a target does not sleep, so context that shares it
+        with an answer is read in one pass. Pad on the left if the context is not a multiple of L.
+
+        Returns logits (B, M, vocab), 0 where a window sleeps, and their mean cross entropy in nats.
+        """
+        check_batch(tokens, targets, self.cfg.vocab_size)
+        asleep = self.windows_asleep(tokens, targets)
+        if all(asleep):
+            raise ValueError("all targets are negative: nothing is predicted, so there is no loss.")
+        return self.algorithm_1(tokens, targets, asleep, N)
+
+    def windows_asleep(self, tokens, targets):
+        """Line 5, one bool a window: it sleeps if its loss mask is zero for all sequences."""
+        T = tokens.shape[1]
+        M = targets.shape[1]
+        L = self.cfg.L
+        silent = [True] * (T - M) + (targets < 0).all(0).tolist()          # T bools
+        asleep = [all(silent[start:start + L]) for start in range(0, T, L)]
+        first_awake = L * asleep.index(False) if False in asleep else T
+        if first_awake < T - M:
+            warnings.warn(f"{T - M - first_awake} tokens of context share a window of L = {L} with "
+                          "an answer: the model does not sleep over them. If it should, fill whole "
+                          "windows (pad on the left).", stacklevel=3)
+        return asleep
+
+    def algorithm_1(self, tokens, targets, asleep, N=None):
+        """`forward`, if it is known which windows sleep: asleep, one bool a window."""
+        M = targets.shape[1]
+        windows = tokens.split(self.cfg.L, dim=1)                          # line 2
+        N = N if isinstance(N, (list, tuple)) else [N] * len(windows)
+        if len(N) != len(windows):
+            raise ValueError(f"N has {len(N)} numbers; there are {len(windows)} windows.")
+        logits = []
+        memory = self.empty_memory(len(tokens))                            # line 1: S <- 0
+        for window, window_sleeps, passes in zip(windows, asleep, N):      # line 3
+            h = self.embed(window)                                         # line 4
+            if window_sleeps:                                              # line 5
+                memory = self.sleep(h, memory, passes)                     # lines 6-7
+                logits.append(h.new_zeros(()).expand(*window.shape, self.cfg.vocab_size))
+            else:                                                          # line 9
+                window_logits, memory = self.wake(h, memory)               # line 10
+                logits.append(window_logits)
+                memory = self.evict(memory)            # an awake window is evicted, too
+        # Only the last M positions have targets: windows before them are not even joined.
+        first = (tokens.shape[1] - M) // self.cfg.L
+        logits = torch.cat(logits[first:], 1)[:, -M:]                      # (B, M, vocab)
+        nothing = -1
+        targets = targets.long().clamp(min=nothing)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=nothing)
+        return logits, loss                                                # line 11
+
+    @torch.no_grad()
+    def stream(self, tokens, state=None):
+        """Not in the paper: tokens (B, T) arrive one at a time; after every L the model sleeps.
+
+        Equals `forward` if only its last window has targets: here every full window sleeps.
+        Returns logits (B, T, vocab) and the state for the next call, three things: the memory now,
+        the memory before this window began, and the embeddings of the window so far (B, n, d).
+        """
+        embedded = self.embed(tokens)
+        if state is None:
+            empty = self.empty_memory(len(tokens))
+            state = (empty, empty, embedded[:, :0])
+        memory, before, window = state
+        logits = []
+        for h in embedded.split(1, dim=1):
+            token_logits, memory = self.wake(h, memory)
+            logits.append(token_logits)
+            window = torch.cat([window, h], 1)
+            if window.shape[1] == self.cfg.L:
+                # The sleep starts from the S before the window. What was written awake is dropped.
+                before = self.sleep(window, before)
+                memory = before
+                window = window[:, :0]
+        return torch.cat(logits, 1), (memory, before, window)
+
+    def check(self, h, memory, asleep=False):
+        """ValueError if h (B, T, d) does not fit this memory, or what is left of its window."""
+        check_features(h, memory, self.cfg)
+        T = h.shape[1]
+        L = self.cfg.L
+        too_long = memory.n_awake + T > L
+        in_the_middle = asleep and memory.n_awake > 0
+        if too_long or in_the_middle:
+            raise ValueError(f"{T} tokens do not fit into a window of L = {L} after {memory.n_awake} "
+                             "that were read awake: evict first (a sleep begins its window).")
+
+
+def latest(x, n):
+    """The last n tokens of x (..., T, d), fewer if there are not as many. The rest can be freed."""
+    if n == 0:
+        return x.new_zeros(*x.shape[:-2], 0, x.shape[-1])      # a slice would keep x and its graph
+    return x[..., max(x.shape[-2] - n, 0):, :].clone()
+
+
+# ------------------------------------------------------------------------------------------------
+# Layers
+
+class Block(nn.Module):
+    """Eq. 4-5: a mixer (attention or fast weights) and an MLP, each behind a norm, in a residual."""
+
+    def __init__(self, kind, cfg):
+        super().__init__()
+        d = cfg.d_model
+        self.kind = kind
+        self.norm1 = nn.RMSNorm(d)
+        self.norm2 = nn.RMSNorm(d)
+        self.conv = ShortConv(d) if kind in cfg.conv else None
+        self.mixer = Attention(cfg) if kind == "a" else UPDATE_RULES[cfg.update_rule](cfg)
+        self.up = nn.Linear(d, 4 * d, bias=False)
+        self.down = nn.Linear(4 * d, d, bias=False)
+
+    def forward(self, h, S, cache):
+        """h (B, T, d), this block's S and Cache -> h, S, and the cache with these tokens."""
+        tail, keys, values = cache
+        x = self.norm1(h)
+        if self.conv is not None:
+            x, tail = self.conv(x, tail)
+        if self.kind == "a":
+            x, keys, values = self.mixer(x, keys, values)
+        else:
+            x, S = self.mixer(x, S)
+        h = h + x
+        x = F.relu(self.up(self.norm2(h))).square()            # squared ReLU (Primer, So et al. 2021)
+        h = h + self.down(x)
+        return h, S, Cache(tail, keys, values)
+
+
+class FastWeights(nn.Module):
+    """The mixer of SSM blocks: Gated DeltaNet (with one convolution, in Block, instead of three)."""
+
+    def __init__(self, cfg, gated=True, delta=True):
+        super().__init__()
+        d = cfg.d_model
+        H = cfg.n_head
+        self.H = H
+        self.gated = gated
+        self.delta = delta
+        self.q = nn.Linear(d, d, bias=False)
+        self.k = nn.Linear(d, d, bias=False)
+        self.v = nn.Linear(d, d, bias=False)
+        self.o = nn.Linear(d, d, bias=False)
+        self.z = nn.Linear(d, d, bias=False)                   # output gate
+        self.ab = nn.Linear(d, 2 * H, bias=False)              # inputs of alpha and beta
+        # log_alpha = -e^A_log softplus(a + dt_bias), with Mamba's names. At a = 0 and A_log = 0 half
+        # of S is left after log 2 / softplus(dt_bias) tokens: the half-life of a head.
+        # Our choice: half-lives log-spaced over the heads, from 4 tokens to max(N, 4) * T. A sleep
+        # writes every token N times, so S has to outlast N * T writes: this is why T is needed.
+        longest = max(cfg.N, 4) * cfg.T
+        half_life = torch.logspace(math.log10(longest), math.log10(4), H)
+        self.dt_bias = nn.Parameter(torch.log(torch.expm1(math.log(2) / half_life)))
+        self.A_log = nn.Parameter(torch.zeros(H))
+        self.norm = nn.RMSNorm(d // H, eps=1e-5)
+
+    def write_and_read(self, x, q, k, v, S):
+        """The gates and the rule: x (B, T, d) -> o (B, H, T, V), the new S. All in S's precision."""
+        ab = F.linear(x, self.ab.weight.to(x.dtype))
+        a, b = ab.transpose(1, 2).chunk(2, 1)                  # (B, H, T) each
+        beta = b.sigmoid()
+        if self.gated:
+            speed = self.A_log.to(x.dtype).exp()[:, None]
+            log_alpha = -speed * F.softplus(a + self.dt_bias.to(x.dtype)[:, None])
+        else:
+            log_alpha = torch.zeros_like(a)
+        # For one token the recurrent form is the shorter way to the same numbers.
+        rule = gated_delta_rule if x.shape[1] == 1 else gated_delta_rule_chunked
+        return rule(q, k, v, log_alpha, beta, S, self.delta)
+
+    def forward(self, x, S):
+        """x (B, T, d), S (B, H, V, K) -> (B, T, d), the new S."""
+        q = split_heads(F.silu(self.q(x)), self.H)
+        k = split_heads(F.silu(self.k(x)), self.H)
+        v = split_heads(F.silu(self.v(x)), self.H)
+        with torch.autocast(x.device.type, enabled=False):     # S's precision, float32, from here on
+            # For keys of length 1, I - beta k k^T lengthens no vector.
+            q = F.normalize(q.to(S.dtype), dim=-1)
+            k = F.normalize(k.to(S.dtype), dim=-1)
+            o, S = self.write_and_read(x.to(S.dtype), q, k, v.to(S.dtype), S)
+            o = F.rms_norm(o, self.norm.normalized_shape, self.norm.weight.to(o.dtype), self.norm.eps)
+            o = o.transpose(1, 2).flatten(2)                   # (B, T, d)
+        gated = o * F.silu(self.z(x))
+        return self.o(gated.to(x.dtype)), S
+
+
+UPDATE_RULES = {                           # your own: a subclass of FastWeights, and its name in here
+    "gated_delta": FastWeights,
+    "delta": partial(FastWeights, gated=False),
+    "gated_hebbian": partial(FastWeights, delta=False),        # Eq. 3
+    "hebbian": partial(FastWeights, gated=False, delta=False),
+}
+
+
+class Attention(nn.Module):
+    """Softmax attention (Eq. 1-2): a token sees itself and at most the L - 1 tokens before it."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        d = cfg.d_model
+        self.H = cfg.n_head
+        self.L = cfg.L
+        self.q = nn.Linear(d, d, bias=False)
+        self.k = nn.Linear(d, d, bias=False)
+        self.v = nn.Linear(d, d, bias=False)
+        self.o = nn.Linear(d, d, bias=False)
+        # Keys are cached unrotated and rotated in every call. Scores depend on distances only, so
+        # positions count from the oldest token: at most L - 1 kept ones and L of this window.
+        K = d // self.H
+        positions = torch.arange(2.0 * self.L)
+        frequencies = 10000 ** (-torch.arange(0, K, 2) / K)
+        angle = torch.outer(positions, frequencies)            # (2 L, K / 2)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, x, past_keys, past_values):
+        """x (B, T, d); past_keys, past_values (B, H, P, K) -> (B, T, d), and both with these tokens."""
+        T = x.shape[1]
+        P = past_keys.shape[2]
+        q = split_heads(self.q(x), self.H)                     # (B, H, T, K)
+        k = split_heads(self.k(x), self.H)
+        v = split_heads(self.v(x), self.H)
+        mask = None                                            # without a past: causal, as T <= L
+        if P > 0:
+            k = torch.cat([past_keys, k], 2)
+            v = torch.cat([past_values, v], 2)
+            position = torch.arange(P + T, device=x.device)
+            distance = position[P:, None] - position
+            mask = (distance >= 0) & (distance < self.L)       # (T, P + T)
+        q_rotated = rotate(q, self.cos[P:P + T], self.sin[P:P + T])
+        k_rotated = rotate(k, self.cos[:P + T], self.sin[:P + T])
+        o = F.scaled_dot_product_attention(q_rotated, k_rotated, v, attn_mask=mask, is_causal=P == 0)
+        return self.o(o.transpose(1, 2).flatten(2)), k, v
+
+
+def split_heads(x, H):
+    """(B, T, d) -> (B, H, T, d / H)."""
+    return x.unflatten(-1, (H, -1)).transpose(1, 2)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions (RoPE) for x (B, H, T, K); cos, sin (T, K / 2)."""
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(x.dtype)
+
+
+class ShortConv(nn.Module):
+    """x_t + sum_j w_j * x_{t-j}: a causal convolution over a few tokens, each feature for itself."""
+
+    def __init__(self, d, taps=4):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(taps, d))
+
+    def forward(self, x, tail):
+        """x (B, T, d) and the tokens before it, tail (B, n, d) -> (B, T, d), the new tail."""
+        T = x.shape[1]
+        taps = len(self.weight)
+        known = torch.cat([tail, x], 1)
+        missing = taps - 1 - tail.shape[1]                     # before the first token there are zeros
+        padded = F.pad(known, (0, 0, missing, 0))              # (B, taps - 1 + T, d)
+        for j in range(taps):
+            start = taps - 1 - j
+            x = x + self.weight[j] * padded[:, start:start + T]
+        return x, latest(known, taps - 1)
+
+
+class Embed(nn.Embedding):
+    """Tokens (B, T), integers of any type -> h (B, T, d). ValueError if they are not."""
+
+    def forward(self, tokens):
+        check_tokens(tokens, self.num_embeddings)
+        return super().forward(tokens.long())
+
 
 # ------------------------------------------------------------------------------------------------
 # The fast-weight rule
@@ -37,397 +465,173 @@ def gated_delta_rule(q, k, v, log_alpha, beta, S, delta=True):
 
         S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,    o_t = S_t q_t
 
-    Eq. 3 is the gated Hebbian write, S_t = alpha_t S_{t-1} + beta_t v_t k_t^T: delta=False. Gated
-    DeltaNet, used in the experiments, writes v_t - alpha_t S_{t-1} k_t, what S lacks, in its place.
+    This is Gated DeltaNet, which the experiments use: it writes v_t - alpha_t S_{t-1} k_t, what S
+    lacks at k_t. delta=False is Eq. 3, the gated Hebbian write S_t = alpha_t S_{t-1} + beta_t v_t k_t^T.
     Shapes as in the glossary, else ValueError. Returns o (B, H, T, V) and the last S.
     """
-    check_shapes(q, k, v, log_alpha, beta, S)
+    check_rule(q, k, v, log_alpha, beta, S)
     outputs = []
-    for q_t, k_t, v_t, log_alpha_t, beta_t in zip(q.unbind(2), k.unbind(2), v.unbind(2),
-                                                  log_alpha.unbind(2), beta.unbind(2)):
-        S = log_alpha_t.exp()[..., None, None] * S                             # forget
+    for t in range(q.shape[2]):
+        q_t = q[:, :, t]                                       # (B, H, K)
+        k_t = k[:, :, t]
+        v_t = v[:, :, t]                                       # (B, H, V)
+        alpha_t = log_alpha[:, :, t].exp()                     # (B, H)
+        beta_t = beta[:, :, t]
+        S = alpha_t[..., None, None] * S                       # forget
         if delta:
-            v_t = v_t - (S @ k_t[..., None]).squeeze(-1)                       # what S lacks at k_t
-        S = S + (beta_t[..., None] * v_t)[..., None] * k_t[..., None, :]       # write
-        outputs.append((S @ q_t[..., None]).squeeze(-1))                       # read
+            v_t = v_t - torch.einsum("bhvk,bhk->bhv", S, k_t)  # what S lacks at k_t
+        S = S + torch.einsum("bh,bhv,bhk->bhvk", beta_t, v_t, k_t)     # write
+        outputs.append(torch.einsum("bhvk,bhk->bhv", S, q_t))  # read
     return torch.stack(outputs, 2), S
 
 
-def gated_delta_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64):
-    """`gated_delta_rule`, up to rounding, as matrix products over chunks of `chunk` tokens.
+# ------------------------------------------------------------------------------------------------
+# Skip this at first reading: the same rule, faster
 
-    Unrolled inside a chunk, token i writes u_i and reads o_i,
+def gated_delta_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64):
+    """`gated_delta_rule` as matrix products over chunks of `chunk` tokens, up to rounding.
+
+    Unrolled inside a chunk of C tokens, token i writes u_i and reads o_i,
         u_i = beta_i (v_i - e^{c_i} S k_i - sum_{j<i} e^{c_i - c_j} (k_i . k_j) u_j)
         o_i = e^{c_i} S q_i + sum_{j<=i} e^{c_i - c_j} (q_i . k_j) u_j
-    with c the running sum of log_alpha and S the state before the chunk: the first line is a
-    triangular system (u_i = beta_i v_i without delta). D_ij = e^{c_i - c_j}, masked before exp:
-    every exponent that the mask leaves is <= 0, so nothing overflows.
+    with c the running sum of log_alpha, and S the state before the chunk. The first line is a
+    triangular system for u; without delta u_i = beta_i v_i. Rounding: in float32 outputs differ from
+    the token-by-token form by some 1e-6, and by up to 1e-4 after strong forgetting inside a chunk.
     """
-    check_shapes(q, k, v, log_alpha, beta, S)
+    check_rule(q, k, v, log_alpha, beta, S)
     outputs = []
-    for q, k, v, log_alpha, beta in zip(*(x.split(chunk, 2) for x in (q, k, v, log_alpha, beta))):
-        c = log_alpha.clamp(min=-100).cumsum(-1)           # (B, H, C); -inf - (-inf) would be nan
-        D = c[..., :, None] - c[..., None, :]                                  # (B, H, C, C)
-        D = D.masked_fill(torch.ones_like(D).triu(1) > 0, -torch.inf).exp()    # 0 for the future
-        kept, beta = c.exp()[..., None], beta[..., None]   # share of S kept so far (B, H, C, 1)
-        u = beta * v                                                           # (B, H, C, V)
-        if delta:      # solve (I + A) u = beta (v - kept S k); unitriangular supplies I
-            A = (beta * (k @ k.mT) * D).tril(-1)                               # (B, H, C, C)
-            u = torch.linalg.solve_triangular(A, u - beta * kept * (k @ S.mT), upper=False,
-                                              unitriangular=True)
-        outputs.append(kept * (q @ S.mT) + ((q @ k.mT) * D) @ u)
-        S = kept[..., -1:, :] * S + u.mT @ ((c[..., -1:] - c).exp()[..., None] * k)
+    chunks = (x.split(chunk, 2) for x in (q, k, v, log_alpha, beta))
+    for q_c, k_c, v_c, log_alpha_c, beta_c in zip(*chunks):
+        # D_ij = e^{c_i - c_j}, 0 for a later j. The mask comes before exp: what it leaves is <= 0 in
+        # the exponent, so nothing overflows. The clamp avoids -inf - (-inf), which would be nan.
+        c = log_alpha_c.clamp(min=-100).cumsum(-1)             # (B, H, C)
+        D = c[..., :, None] - c[..., None, :]                  # (B, H, C, C)
+        future = torch.ones_like(D).triu(1) > 0
+        D = D.masked_fill(future, -torch.inf).exp()
+        decay = c.exp()[..., None]                             # share of S left (B, H, C, 1)
+        beta_c = beta_c[..., None]                             # (B, H, C, 1)
+        u = beta_c * v_c                                       # (B, H, C, V)
+        if delta:
+            # Solve (I + A) u = beta (v - decay S k). unitriangular supplies the I.
+            A = (beta_c * (k_c @ k_c.mT) * D).tril(-1)         # (B, H, C, C)
+            lacking = u - beta_c * decay * (k_c @ S.mT)
+            u = torch.linalg.solve_triangular(A, lacking, upper=False, unitriangular=True)
+        outputs.append(decay * (q_c @ S.mT) + ((q_c @ k_c.mT) * D) @ u)
+        decay_to_end = (c[..., -1:] - c).exp()[..., None]      # (B, H, C, 1)
+        S = decay[..., -1:, :] * S + u.mT @ (decay_to_end * k_c)
     return torch.cat(outputs, 2), S
 
 
-def check_shapes(q, k, v, log_alpha, beta, S):
-    BHT, K, V = q.shape[:-1], q.shape[-1], v.shape[-1]
-    wanted = [(*BHT, K), (*BHT, K), (*BHT, V), BHT, BHT, (*BHT[:-1], V, K)]
-    if (shapes := [x.shape for x in (q, k, v, log_alpha, beta, S)]) != wanted:
+# ------------------------------------------------------------------------------------------------
+# Skip this, too: checks. ValueError says in a sentence what is wrong with what was passed in
+
+def whole_number(name, value, least):
+    """value as an int, if it is an integer of any kind (numpy's, too) from `least` on."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < least:
+        raise ValueError(f"{name} must be an integer >= {least}, not {value!r}.")
+    return number
+
+
+def check_config(cfg):
+    for name in ("vocab_size", "T", "L", "N", "d_model", "n_head"):
+        number = whole_number(name, getattr(cfg, name), 1)
+        object.__setattr__(cfg, name, number)                  # numpy's integers become Python's
+    if not isinstance(cfg.layout, str) or not cfg.layout or set(cfg.layout) - set("as"):
+        raise ValueError(f"layout {cfg.layout!r} must be made of the letters a and s.")
+    if cfg.d_model % (2 * cfg.n_head):
+        raise ValueError(f"d_model {cfg.d_model} must be a multiple of 2 * n_head = {2 * cfg.n_head}.")
+    if cfg.eviction not in ("hard", "sliding"):
+        raise ValueError(f"eviction {cfg.eviction!r} must be hard or sliding.")
+    if cfg.update_rule not in UPDATE_RULES:
+        raise ValueError(f"update_rule {cfg.update_rule!r} must be one of {', '.join(UPDATE_RULES)}.")
+    if cfg.conv not in ("", "a", "s", "as", "sa"):
+        raise ValueError(f"conv {cfg.conv!r} must be '', a, s or as.")
+
+
+def check_tokens(tokens, vocab_size):
+    wanted = f"(B, T) integers from 0 to {vocab_size - 1}, at least one"
+    if not torch.is_tensor(tokens):
+        raise ValueError(f"tokens must be a tensor of {wanted}; this is a {type(tokens).__name__}: "
+                         "take torch.as_tensor(tokens).")
+    of_integers = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+    if tokens.ndim != 2 or tokens.numel() == 0 or not of_integers:
+        raise ValueError(f"tokens must be {wanted}; these are {tokens.dtype}, {tuple(tokens.shape)}.")
+    if tokens.device.type != "cuda":       # there it would wait for the GPU, and the lookup checks it
+        low, high = tokens.long().aminmax()
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"tokens must be {wanted}; these are from {low} to {high}.")
+
+
+def check_batch(tokens, targets, vocab_size):
+    check_tokens(tokens, vocab_size)
+    if not torch.is_tensor(targets):
+        raise ValueError(f"targets must be a tensor (B, M) of integers; this is a "
+                         f"{type(targets).__name__}: take torch.as_tensor(targets).")
+    of_integers = not (targets.is_floating_point() or targets.dtype == torch.bool)
+    fits = targets.ndim == 2 and len(targets) == len(tokens) and 1 <= targets.shape[1] <= tokens.shape[1]
+    if not of_integers or not fits:
+        raise ValueError(f"targets must be (B, M) integers for tokens (B, T), with M from 1 to T; these "
+                         f"are {targets.dtype}, {tuple(targets.shape)}, for {tuple(tokens.shape)}.")
+    if targets.device.type != "cuda" and targets.max() >= vocab_size:
+        raise ValueError(f"targets must be below {vocab_size}, the size of the vocabulary, or negative "
+                         f"for nothing; the largest is {targets.max()}.")
+
+
+def check_features(h, memory, cfg):
+    """That h is features (B, T, d), and that memory was made by a model of this layout and width."""
+    if not torch.is_tensor(h) or not h.is_floating_point() or h.ndim != 3 or h.shape[2] != cfg.d_model:
+        is_what = f"{h.dtype}, {tuple(h.shape)}" if torch.is_tensor(h) else type(h).__name__
+        raise ValueError(f"h must be features (B, T, {cfg.d_model}), as model.embed(tokens) gives; "
+                         f"this is {is_what}.")
+    kinds = "".join("a" if block.keys is not None else "s" for block in memory.cache)
+    width = memory.cache[0].tail.shape[2]
+    heads = {S.shape[1] for S in memory.S if S is not None}
+    heads |= {block.keys.shape[1] for block in memory.cache if block.keys is not None}
+    if (kinds, width, heads) != (cfg.layout, cfg.d_model, {cfg.n_head}):
+        raise ValueError(f"this memory is of a model with layout {kinds}, width {width} and heads "
+                         f"{heads}; here they are {cfg.layout}, {cfg.d_model} and {cfg.n_head}.")
+    B = len(memory.cache[0].tail)
+    if len(h) != B:
+        raise ValueError(f"this memory belongs to a batch of {B}, not of {len(h)}.")
+    if h.shape[1] == 0:
+        raise ValueError("h must have at least one token.")
+
+
+def check_rule(q, k, v, log_alpha, beta, S):
+    shapes = [tuple(x.shape) for x in (q, k, v, log_alpha, beta, S)]
+    fits = q.ndim == 4 and v.ndim == 4
+    if fits:
+        B, H, T, K = q.shape
+        V = v.shape[3]
+        wanted = [(B, H, T, K), (B, H, T, K), (B, H, T, V), (B, H, T), (B, H, T), (B, H, V, K)]
+        fits = shapes == wanted and T >= 1
+    if not fits:
         raise ValueError("q, k, v, log_alpha, beta, S must be (B, H, T, K) twice, (B, H, T, V), "
-                         f"(B, H, T) twice and (B, H, V, K), not {[*map(tuple, shapes)]}.")
-
-
-# ------------------------------------------------------------------------------------------------
-# Layers
-
-@dataclass
-class Config:
-    """A model. ValueError says in one sentence what does not fit."""
-    vocab_size: int
-    T: int                         # tokens of a sequence: sets the longest half-life, not a limit
-    L: int                         # window of attention, in tokens
-    N: int = 1                     # passes of a sleep, where a call does not say otherwise
-    layout: str = "asas"           # one letter per block: a = attention, s = SSM (fast weights)
-    d_model: int = 256
-    n_head: int = 4
-    eviction: str = "hard"         # "hard": nothing but S survives; "sliding": also L - 1 tokens
-    loop: tuple = ()               # (first, stop) of the looped blocks; (): all (Section 6.3)
-    update_rule: str = "gated_delta"   # one of UPDATE_RULES
-    conv: str = "as"               # blocks with a short convolution in front; the paper: "s" only
-
-    def __post_init__(self):
-        D, H, sizes = len(self.layout), self.n_head, "vocab_size T L N d_model n_head".split()
-        self.loop = tuple(self.loop) or (0, D)
-        for name, must, fits in (
-                *((x, "an integer >= 1", lambda x: isinstance(x, int) and x >= 1) for x in sizes),
-                ("layout", "made of the letters a and s", lambda x: x and set(x) <= set("as")),
-                ("d_model", f"a multiple of 2 * n_head = {2 * H}", lambda x: x % (2 * H) == 0),
-                ("eviction", "hard or sliding", lambda x: x in ("hard", "sliding")),
-                ("loop", f"(first, stop) with 0 <= first < stop <= {D}",
-                 lambda x: len(x) == 2 and 0 <= x[0] < x[1] <= D),
-                ("update_rule", "one of " + ", ".join(UPDATE_RULES), lambda x: x in UPDATE_RULES),
-                ("conv", "'', a, s or as", lambda x: set(x) <= set("as"))):
-            if not fits(value := getattr(self, name)):
-                raise ValueError(f"{name} {value!r} must be {must}.")
-
-
-class Memory(NamedTuple):
-    """All that a model knows of the past; passed in and returned, never kept in the module."""
-    S: list          # one per block: fast weights (B, H, V, K), or None for attention
-    cache: list      # one per block: (conv tail (B, n, d), keys, values (B, H, m, K)); SSM: tail
-    awake: int       # tokens read since the last eviction; a window has room for L
-
-
-def latest(x, n):
-    """The last n tokens of x (..., T, d), fewer if there are not as many; the rest can be freed."""
-    if n == 0:
-        return x.new_zeros(*x.shape[:-2], 0, x.shape[-1])      # a slice would keep x's graph
-    return x[..., max(x.shape[-2] - n, 0):, :].clone()
-
-
-class Embed(nn.Embedding):
-    """Tokens (B, T), integers of any type -> h (B, T, d). ValueError if they are not."""
-
-    def forward(self, tokens):
-        fit = tokens.ndim == 2 and tokens.numel() and not tokens.is_floating_point()
-        if fit and tokens.device.type == "cpu":        # on a GPU it would wait for the device
-            fit = 0 <= tokens.min() and tokens.max() < len(self.weight)
-        if not fit:
-            raise ValueError(f"tokens must be (B, T) integers from 0 to {len(self.weight) - 1}, at "
-                             f"least one; these are {tokens.dtype}, {tuple(tokens.shape)}.")
-        return super().forward(tokens.long())
-
-
-class ShortConv(nn.Module):
-    """x_t + sum_j w_j * x_{t-j}: a causal depthwise convolution over a few tokens."""
-
-    def __init__(self, d, taps=4):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(taps, d))
-
-    def forward(self, x, tail):
-        """x (B, T, d) and the tokens before it, tail (B, n, d) -> (B, T, d), the new tail."""
-        taps, T = len(self.weight), x.shape[1]
-        known = torch.cat([tail, x], 1)
-        padded = F.pad(known, (0, 0, taps - 1 - tail.shape[1], 0))     # (B, taps - 1 + T, d)
-        for j in range(taps):
-            x = x + self.weight[j] * padded[:, taps - 1 - j: taps - 1 - j + T]
-        return x, latest(known, taps - 1)
-
-
-def rope(x, cos, sin):
-    """Rotary positions for x (B, H, T, K); cos, sin (T, K / 2)."""
-    x1, x2 = x.chunk(2, -1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(x.dtype)
-
-
-class Attention(nn.Module):
-    """Softmax attention (Eq. 1-2): a token sees itself and at most the L - 1 before it."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        d, self.H, self.L = cfg.d_model, cfg.n_head, cfg.L
-        self.q, self.k, self.v, self.o = (nn.Linear(d, d, bias=False) for _ in range(4))
-        K = d // self.H
-        # Keys are cached unrotated and rotated in every call: scores depend on distances only, so
-        # positions count from the oldest cached token: at most L - 1 kept ones and L of the window.
-        angle = torch.outer(torch.arange(2. * self.L), 10000 ** (-torch.arange(0, K, 2) / K))
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
-
-    def forward(self, x, k_past, v_past):
-        """x (B, T, d); k_past, v_past (B, H, P, K) -> (B, T, d), k and v (B, H, P + T, K)."""
-        T = x.shape[1]
-        q, k, v = (w(x).unflatten(-1, (self.H, -1)).transpose(1, 2)
-                   for w in (self.q, self.k, self.v))                          # (B, H, T, K)
-        if P := k_past.shape[2]:
-            k, v = torch.cat([k_past, k], 2), torch.cat([v_past, v], 2)
-            i = torch.arange(P + T, device=x.device)
-            distance = i[P:, None] - i
-            mask = (distance >= 0) & (distance < self.L)                       # (T, P + T)
-        q_rot = rope(q, self.cos[P:P + T], self.sin[P:P + T])
-        k_rot = rope(k, self.cos[:P + T], self.sin[:P + T])
-        o = F.scaled_dot_product_attention(q_rot, k_rot, v, attn_mask=mask if P else None,
-                                           is_causal=not P)    # without a past T <= L
-        return self.o(o.transpose(1, 2).flatten(2)), k, v
-
-
-class FastWeights(nn.Module):
-    """The mixer of SSM blocks: Gated DeltaNet (with one convolution, in Block, not three)."""
-
-    def __init__(self, cfg, gated=True, delta=True):
-        super().__init__()
-        d, self.H, self.gated, self.delta = cfg.d_model, cfg.n_head, gated, delta
-        self.q, self.k, self.v, self.o = (nn.Linear(d, d, bias=False) for _ in range(4))
-        self.z = nn.Linear(d, d, bias=False)                                   # output gate
-        self.ab = nn.Linear(d, 2 * self.H, bias=False)                         # alpha and beta
-        # log_alpha = -e^A_log softplus(a + dt_bias), in Mamba's names. At first S halves, at a = 0,
-        # in log 2 / softplus(dt_bias) tokens. The paper does not say: the half-lives. Here they are
-        # log-spaced over the heads, from max(N, 4) * T tokens (one head has this) down to 4.
-        longest = max(cfg.N, 4) * cfg.T
-        half_life = torch.logspace(math.log10(longest), math.log10(4), self.H)
-        self.dt_bias = nn.Parameter(torch.log(torch.expm1(math.log(2) / half_life)))
-        self.A_log = nn.Parameter(torch.zeros(self.H))
-        self.norm = nn.RMSNorm(d // self.H, eps=1e-5)
-
-    def write_and_read(self, x, q, k, v, S):
-        """The gated delta rule and its gates -> o (B, H, T, V), the new S."""
-        a, b = self.ab(x).transpose(1, 2).chunk(2, 1)                          # (B, H, T)
-        beta = b.sigmoid()
-        log_alpha = -self.A_log.exp()[:, None] * F.softplus(a + self.dt_bias[:, None])
-        log_alpha = log_alpha * self.gated             # not gated: alpha = 1
-        rule = gated_delta_rule if x.shape[1] == 1 else gated_delta_rule_chunked
-        return rule(q, k, v, log_alpha, beta, S, self.delta)
-
-    def forward(self, x, S):
-        """x (B, T, d), S (B, H, V, K) -> (B, T, d), the new S."""
-        q, k, v = (F.silu(w(x)).unflatten(-1, (self.H, -1)).transpose(1, 2)
-                   for w in (self.q, self.k, self.v))                          # (B, H, T, K)
-        with torch.autocast(x.device.type, enabled=False):                     # float32 from here
-            q, k, v = (y.to(S.dtype) for y in (q, k, v))
-            # For keys of length 1, I - beta k k^T lengthens no vector.
-            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-            o, S = self.write_and_read(x.to(S.dtype), q, k, v, S)
-            o = self.norm(o).transpose(1, 2).flatten(2)                        # (B, T, d)
-        return self.o(o * F.silu(self.z(x))), S
-
-
-UPDATE_RULES = {                           # one of your own: a subclass, and its name in here
-    "gated_delta": FastWeights,
-    "delta": partial(FastWeights, gated=False),
-    "gated_hebbian": partial(FastWeights, delta=False),                        # Eq. 3
-    "hebbian": partial(FastWeights, gated=False, delta=False),
-}
-
-
-class Block(nn.Module):
-    """Eq. 4-5: mixer and MLP, each behind a norm and inside a residual."""
-
-    def __init__(self, kind, cfg):
-        super().__init__()
-        d, self.kind = cfg.d_model, kind
-        self.norm1, self.norm2 = nn.RMSNorm(d), nn.RMSNorm(d)
-        self.conv = ShortConv(d) if kind in cfg.conv else None
-        self.mixer = Attention(cfg) if kind == "a" else UPDATE_RULES[cfg.update_rule](cfg)
-        self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
-
-    def forward(self, h, S, cache):
-        """h (B, T, d), this block's S and cache (see Memory) -> h, S, cache with these tokens."""
-        tail, *kv = cache                  # kv: [keys, values]; [] for SSM
-        x = self.norm1(h)
-        if self.conv is not None:
-            x, tail = self.conv(x, tail)
-        if self.kind == "a":
-            x, *kv = self.mixer(x, *kv)
-        else:
-            x, S = self.mixer(x, S)
-        h = h + x
-        h = h + self.down(F.relu(self.up(self.norm2(h))).square())
-        return h, S, (tail, *kv)
-
-
-# ------------------------------------------------------------------------------------------------
-# The model: sleep, evict, wake
-
-class SleepLM(nn.Module):
-    """A looped hybrid (Eq. 6) that sleeps before it forgets (Section 5)."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.cfg = cfg
-        self.embed = Embed(cfg.vocab_size, cfg.d_model)
-        self.blocks = nn.ModuleList(Block(kind, cfg) for kind in cfg.layout)
-        self.norm = nn.RMSNorm(cfg.d_model)
-        self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)         # OutProj
-        self.bf16 = False                  # autocast matrix products of the blocks to bfloat16
-        nn.init.normal_(self.embed.weight)
-        nn.init.zeros_(self.head.weight)
-        for m in self.blocks.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.normal_(m.weight, std=m.in_features ** -0.5)
-            elif isinstance(m, ShortConv):
-                nn.init.normal_(m.weight, std=0.5)
-
-    def empty_memory(self, B):
-        """S = 0 (Algorithm 1, line 1) and an empty cache for B sequences."""
-        cfg, zeros = self.cfg, self.embed.weight.new_zeros
-        H, K = cfg.n_head, cfg.d_model // cfg.n_head
-        S = [zeros(B, H, K, K) if kind == "s" else None for kind in cfg.layout]
-        bf16 = dict(dtype=torch.bfloat16) if self.bf16 else {}
-        cache = [(zeros(B, 0, cfg.d_model),) if kind == "s" else
-                 (zeros(B, 0, cfg.d_model), zeros(B, H, 0, K, **bf16), zeros(B, H, 0, K, **bf16))
-                 for kind in cfg.layout]
-        return Memory(S, cache, 0)
-
-    def one_pass(self, h, S, cache, first, stop):
-        """h, S <- Blocks(h, S), blocks first to stop - 1; also their caches with h's tokens."""
-        S, cache = list(S), list(cache)
-        with torch.autocast(h.device.type, torch.bfloat16, enabled=self.bf16):
-            for i in range(first, stop):
-                h, S[i], cache[i] = self.blocks[i](h, S[i], cache[i])
-        return h, S, cache
-
-    def sleep(self, h, memory, N=None):
-        """N passes over a window, then eviction (Algorithm 1, lines 6-7). N = 0: evicted unread.
-
-        h (B, T <= L, d): embeddings of the window. Every pass reads the same memory.cache (empty
-        under hard eviction); h and S go from pass to pass. Returns the memory after eviction.
-        """
-        self.check(h, memory, asleep=True)
-        N, S, cache = (self.cfg.N if N is None else N), memory.S, list(memory.cache)
-        if not isinstance(N, int) or N < 0:
-            raise ValueError(f"N must be an integer >= 0, the passes of a sleep, not {N}.")
-        for n in range(N):                                                     # line 6
-            first, stop = self.blocks_of(n, N)         # all blocks, unless cfg.loop names some
-            h, S, grown = self.one_pass(h, S, memory.cache, first, stop)       # line 7
-            cache[first:stop] = grown[first:stop]      # a block's last cache, for sliding eviction
-        return self.evict(Memory(S, cache, 0))
-
-    def blocks_of(self, n, N):
-        """First and stop of the blocks of pass n of N: those outside the loop run once."""
-        first, stop = self.cfg.loop
-        return (0 if n == 0 else first), (len(self.blocks) if n == N - 1 else stop)
-
-    def evict(self, memory):
-        """Hard eviction empties the cache; sliding eviction keeps L - 1 tokens. S stays."""
-        keep = 0 if self.cfg.eviction == "hard" else self.cfg.L - 1
-        return Memory(memory.S, [tuple(latest(x, keep) for x in c) for c in memory.cache], 0)
-
-    def wake(self, h, memory):
-        """One pass over h (B, T, d), the next tokens of this window (Algorithm 1, line 10).
-
-        Returns logits (B, T, vocab) and the memory, with these tokens in its cache.
-        """
-        self.check(h, memory)
-        awake = memory.awake + h.shape[1]
-        h, S, cache = self.one_pass(h, memory.S, memory.cache, 0, len(self.blocks))
-        return self.head(self.norm(h)), Memory(S, cache, awake)
-
-    def check(self, h, memory, asleep=False):
-        """ValueError if h (B, T, d) does not fit into what is left of the memory's window."""
-        B, T, L, awake = len(memory.cache[0][0]), h.shape[1], self.cfg.L, memory.awake
-        if len(h) != B:
-            raise ValueError(f"this memory belongs to a batch of {B}, not of {len(h)}.")
-        if awake + T > L or (awake and asleep):
-            raise ValueError(f"{T} tokens do not fit into a window of L = {L} after {awake} that "
-                             "were read awake: evict first (a sleep begins its window).")
-
-    def forward(self, tokens, targets, N=None, silent=None):
-        """Algorithm 1. A window sleeps if no sequence of the batch has a target in it.
-
-        tokens (B, T); targets (B, M): what the last M positions are to predict, already shifted, -1
-        for nothing. N: passes of a sleep, or a list, one number a window (not used where it is
-        awake). silent: (targets < 0).all(0) as a list; a CUDA graph cannot look for itself.
-        Returns logits (B, M, vocab), 0 where a window sleeps, and their mean cross entropy in nats.
-        """
-        B, T, M, L = len(tokens), tokens.shape[-1], targets.shape[-1], self.cfg.L
-        if tokens.shape != (B, T) or targets.shape != (B, M) or not 1 <= M <= T:
-            raise ValueError(f"tokens {tuple(tokens.shape)}, targets {tuple(targets.shape)}: they "
-                             "must be (B, T) and (B, M), with M from 1 to T.")
-        if all(silent := silent or (targets < 0).all(0).tolist()):
-            raise ValueError("all targets are -1: nothing is predicted, so there is no loss.")
-        silent, logits = [True] * (T - M) + silent, []         # T entries; True: loss mask 0
-        memory = self.empty_memory(B)                                          # line 1: S <- 0
-        windows = tokens.split(L, 1)                                           # line 2
-        N = N if isinstance(N, (list, tuple)) else [N] * len(windows)
-        if len(N) != len(windows):
-            raise ValueError(f"N has {len(N)} numbers; there are {len(windows)} windows.")
-        for i, (window, passes) in enumerate(zip(windows, N)):                 # line 3
-            h = self.embed(window)                                             # line 4
-            if all(silent[i * L:(i + 1) * L]):                                 # line 5
-                memory = self.sleep(h, memory, passes)                         # lines 6-7
-                out = h.new_zeros(()).expand(*window.shape, self.cfg.vocab_size)
-            else:                                                              # line 9
-                out, memory = self.wake(h, memory)                             # line 10
-                memory = self.evict(memory)            # an awake window is evicted, too
-            logits.append(out)
-        logits = torch.cat(logits[(T - M) // L:], 1)[:, -M:]   # of the last M positions
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)   # line 11
-        return logits, loss
-
-    @torch.no_grad()
-    def stream(self, tokens, state=None):
-        """Not in the paper: tokens (B, T) arrive one at a time; after every L the model sleeps.
-
-        Equals `forward` if only its last window has targets: here every full window sleeps.
-        Returns logits (B, T, vocab) and the state for the next call: the memory now, the memory
-        before this window, and the window's embeddings.
-        """
-        embedded, empty, logits = self.embed(tokens), self.empty_memory(len(tokens)), []
-        now, before, window = state or (empty, empty, embedded[:, :0])
-        for h in embedded.split(1, 1):
-            out, now = self.wake(h, now)
-            logits.append(out)
-            window = torch.cat([window, h], 1)                                 # (B, n, d)
-            if window.shape[1] == self.cfg.L:      # from the S before it; the awake S is dropped
-                now = before = self.sleep(window, before)
-                window = window[:, :0]
-        return torch.cat(logits, 1), (now, before, window)
+                         f"(B, H, T) twice and (B, H, V, K), with T >= 1, not {shapes}.")
+    if log_alpha.device.type == "cpu" and not torch.compiler.is_compiling() and (log_alpha > 0).any():
+        raise ValueError("log_alpha must be <= 0: alpha is a share of S, at most 1.")
 
 
 # The method ends here. What follows trains it. ---------------------------------------------------
 import argparse
+import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import textwrap
+import threading
 import time
+import zipfile
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
 
 # A task is a class, Task(args, seed), with
@@ -439,232 +643,396 @@ from tqdm import tqdm
 #   score(tokens, targets, logits, *facts)     -> {metric: number, or {case: number}}
 # and, if it likes,
 #   show(tokens, targets)       -> one example as text
-#   model(cfg)                  the model, if it is not to be SleepLM: a subclass of it
-#   draw_N(step, N)             passes of a sleep in a training step, if they are not always N
 
 
 class BadInput(ValueError):
-    """What was asked for cannot be done; the sentence says what is wrong and what to do."""
+    """What was asked for cannot be done. The sentence says what is wrong and what to do."""
 
 
-def train(task, cfg, settings, path):
-    """Train one model -> the model and its run, a dict (see lab/README.md).
+# ------------------------------------------------------------------------------------------------
+# Training one model
+
+def train(task, cfg, settings, path, make_model=None, draw_N=None):
+    """Train one model -> the model, its optimizers, and its run, a dict (see lab/pages/files.md).
+
+    settings: the flags of this model, a dict. path: of its checkpoint; training goes on from there
+    if it exists. make_model(cfg, settings) gives a model that is not SleepLM; draw_N(step, settings)
+    the passes of a training step, if they are not always settings["N"].
 
     Every `eval_every` steps: evaluate, and save all that it takes to go on exactly from here.
-    Ends with a sentence if the loss or a weight is not finite.
+    BadInput if the loss or a weight is not finite.
     """
-    steps, every, device = settings["steps"], settings["eval_every"], settings["device"]
-    model, optimizers, run = begin(task, cfg, settings, path)
+    steps = settings["steps"]
+    model, optimizers, run = begin(task, cfg, settings, path, make_model)
     gradients = make_gradients(model, settings["compile"], settings["recompute"])
-    draw_N = getattr(task, "draw_N", lambda step, N: N)
-    start, first = time.monotonic() - run["seconds"], run["steps"]
-    loss = grad_norm = torch.zeros((), device=device)  # sum and largest since the last evaluation
-    for step in tqdm(range(first, steps), path.stem, steps, False, initial=first, disable=None):
+    start = time.monotonic() - run["seconds"]
+    first = run["steps"]
+    # Both stay on the device, so that a step does not wait for it.
+    loss_sum = torch.zeros((), device=settings["device"])
+    grad_max = torch.zeros((), device=settings["device"])      # largest gradient norm
+    progress = tqdm(range(first, steps), path.stem, steps, leave=False, initial=first, disable=None)
+    for step in progress:
         set_phase(model, optimizers, settings, step)
         tokens, targets, *_ = task.make_batch(step)
-        loss = loss + gradients(tokens, targets, draw_N(step, cfg.N))      # zero_grad, backward
-        grad_norm = grad_norm.maximum(nn.utils.get_total_norm(
-            [p.grad for p in model.parameters() if p.grad is not None]))
+        N = draw_N(step, settings) if draw_N else cfg.N
+        loss_sum = loss_sum + gradients(tokens, targets, N)    # zero_grad, forward, backward
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        grad_max = grad_max.maximum(nn.utils.get_total_norm(grads))
         for optimizer in optimizers:
-            optimizer.step()                                               # line 14
+            optimizer.step()                                   # line 14
         run["tokens"] += tokens.numel()
-        if (step + 1) % every and step + 1 < steps:
+
+        last = step + 1 == steps
+        if (step + 1) % settings["eval_every"] and not last:
             continue
-        mean = loss.item() / (step + 1 - run["steps"])         # those are of the last evaluation
-        if not (math.isfinite(mean) and all(p.isfinite().all() for p in model.parameters())):
-            sys.exit(f"{path.stem}: the loss or a weight is not finite after step {step + 1}; step "
-                     f"{run['steps']} is kept. Try smaller learning rates.")
+        mean_loss = loss_sum.item() / (step + 1 - run["steps"])   # of the steps since the last time
+        if not (math.isfinite(mean_loss) and all(p.isfinite().all() for p in model.parameters())):
+            raise BadInput(f"{path.stem}: the loss or a weight is not finite after step {step + 1}; step "
+                           f"{run['steps']} is kept. Try smaller learning rates.")
         metrics = evaluate(model, task, task.test)
-        run |= dict(steps=step + 1, seconds=round(time.monotonic() - start, 1), **metrics)
-        run["curve"].append(dict(step=step + 1, tokens=run["tokens"], train_loss=mean,
-                                 grad_norm=grad_norm.item(), **metrics))
-        save(path, dict(run=run, model=model.state_dict(),
-                        optimizers=[optimizer.state_dict() for optimizer in optimizers]))
-        tqdm.write(f"{path.stem} | step {step + 1} | {run['tokens'] / 1e6:.2f}M tokens | train "
-                   f"loss {mean:.3f} | {line(metrics)} | {run['seconds']:.0f} s")
-        loss = grad_norm = torch.zeros_like(loss)
-    return model, run
+        run["steps"] = step + 1
+        run["seconds"] = round(time.monotonic() - start, 1)
+        run.update(metrics)
+        run["curve"].append(dict(step=step + 1, tokens=run["tokens"], train_loss=mean_loss,
+                                 grad_norm=grad_max.item(), **metrics))
+        save(path, model, optimizers, run)
+        tqdm.write(f"{path.stem} | step {step + 1} | {run['tokens'] / 1e6:.2f}M tokens | train loss "
+                   f"{mean_loss:.3f} | {format_metrics(metrics)} | {run['seconds']:.0f} s")
+        loss_sum = torch.zeros_like(loss_sum)
+        grad_max = torch.zeros_like(grad_max)
+    return model, optimizers, run
 
 
-def begin(task, cfg, settings, path):
+def begin(task, cfg, settings, path, make_model=None):
     """Model, optimizers and run: new, or as the checkpoint at `path` left them."""
-    device = settings["device"]
     torch.manual_seed(settings["seed"])
-    model = getattr(task, "model", SleepLM)(cfg).to(device)
-    model.bf16 = device == "cuda"
-    torch.set_float32_matmul_precision("high" if model.bf16 else "highest")    # TF32 on CUDA
-    torch.backends.cuda.enable_cudnn_sdp(False)        # its backward pass has had NaN bugs
+    model = make_model(cfg, settings) if make_model else SleepLM(cfg)
+    model = model.to(settings["device"])
     optimizers = make_optimizers(model, settings["lr_muon"], settings["lr_adamw"])
-    cpu = f"{device}, {torch.get_num_threads()} threads"
-    if not path.exists():
-        return model, optimizers, dict(
-            task=task.name, N=cfg.N, seed=settings["seed"], steps=0, tokens=0, seconds=0.0,
-            parameters=sum(p.numel() for p in model.parameters()), chance=task.chance, curve=[],
-            settings=settings, torch=str(torch.__version__),
-            device=torch.cuda.get_device_name() if device == "cuda" else cpu)
-    try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        refuse_other_settings(path, saved["run"], task, settings)
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        return model, optimizers, saved["run"]
-    except BadInput:
-        raise
-    except Exception as e:                 # torch.load raises many kinds
-        raise BadInput(f"{path} cannot be read as a checkpoint of this model ({type(e).__name__}): "
-                       "delete it to train the model anew.") from None
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])        # set_phase starts from it
+    if path.exists():
+        run = load(path, task, settings, model, optimizers)
+        return model, optimizers, run
+    run = dict(task=task.name, N=cfg.N, seed=settings["seed"], steps=0, tokens=0, seconds=0.0,
+               parameters=sum(p.numel() for p in model.parameters()),
+               chance=plain_numbers(task.chance), curve=[], settings=settings,
+               torch=str(torch.__version__), device=device_name(settings["device"]))
+    taken = set(run) | {"N_test"}
+    if taken & set(run["chance"]):
+        raise BadInput(f"a metric of this task is named {', '.join(taken & set(run['chance']))}: that is "
+                       "a field of the run already, take another name.")
+    return model, optimizers, run
 
 
 def set_phase(model, optimizers, settings, step):
-    """The rates of a step. In Section 6.4's warm-up attention blocks rest, and eviction is hard."""
-    left, warming = settings["steps"] - step, step < settings["warmup"]
-    for optimizer, rate in zip(optimizers, (settings["lr_muon"], settings["lr_adamw"])):
-        falling = min(1.0, left / max(1.0, settings["cooldown"] * settings["steps"]))
-        optimizer.param_groups[0]["lr"] = rate * falling
-    model.cfg.eviction = "hard" if warming else settings["eviction"]
+    """The rates of this step; and the warm-up of Section 6.4: attention is frozen, eviction is hard."""
+    warming_up = step < settings["warmup"]
+    cooldown_steps = max(1.0, settings["cooldown"] * settings["steps"])
+    rate = min(1.0, (settings["steps"] - step) / cooldown_steps)           # falls to 0 at the end
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
+    model.cfg = replace(model.cfg, eviction="hard" if warming_up else settings["eviction"])
     for block in model.blocks:
-        block.requires_grad_(block.kind == "s" or not warming)
+        block.requires_grad_(block.kind == "s" or not warming_up)
 
 
 class Muon(torch.optim.Optimizer):
-    """The step is the momentum with all its singular values near 1 (Jordan et al. 2024): that of
-    torch.optim, in float32, as bfloat16 is slow on a CPU, and all matrices of a shape at once."""
+    """Moves a matrix by its momentum with all singular values near 1 (Jordan et al. 2024).
+
+    The same step as torch.optim.Muon's, in float32, as bfloat16 is slow on a CPU, and with all
+    matrices of one shape at once.
+    """
 
     @torch.no_grad()
     def step(self):
-        group, = self.param_groups
-        params = [p for p in group["params"] if p.grad is not None]
-        for rows, columns in dict.fromkeys(p.shape for p in params):
-            batch = [p for p in params if p.shape == (rows, columns)]
-            grads = [p.grad for p in batch]
-            means = [self.state[p].setdefault("mean", torch.zeros_like(p)) for p in batch]
-            torch._foreach_lerp_(means, grads, 0.05)
-            X = torch.stack(torch._foreach_lerp(grads, means, 0.95))           # Nesterov
-            X = X.mT if rows > columns else X                                  # (n, short, long)
-            X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-            for _ in range(5):                                                 # Newton-Schulz
-                A = X @ X.mT
-                X = 3.4445 * X + (2.0315 * A @ A - 4.775 * A) @ X
-            X = X.mT if rows > columns else X
-            torch._foreach_add_(batch, list(X), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for (rows, columns), matrices in by_shape.items():
+                grads = [p.grad for p in matrices]
+                means = [self.state[p].setdefault("mean", torch.zeros_like(p)) for p in matrices]
+                torch._foreach_lerp_(means, grads, 0.05)
+                X = torch.stack(torch._foreach_lerp(grads, means, 0.95))   # Nesterov's momentum
+                if rows > columns:
+                    X = X.mT                                               # (n, short, long)
+                X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+                for _ in range(5):                                         # Newton-Schulz
+                    A = X @ X.mT
+                    X = 3.4445 * X + (2.0315 * A @ A - 4.775 * A) @ X
+                if rows > columns:
+                    X = X.mT
+                scale = max(1, rows / columns) ** 0.5
+                torch._foreach_add_(matrices, list(X), alpha=-group["lr"] * scale)
 
 
 def make_optimizers(model, lr_muon, lr_adamw):
-    """Muon for the matrices of the blocks, AdamW for all else (Section 6.1). paper does not say:
-    the weight decay. None here."""
-    matrices = [m.weight for m in model.blocks.modules() if isinstance(m, nn.Linear)]
-    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    return Muon(matrices, dict(lr=lr_muon)), torch.optim.AdamW(rest, lr=lr_adamw, weight_decay=0.0,
-                                                               fused=rest[0].is_cuda)
+    """Muon for the matrices of the blocks, AdamW for all else (Section 6.1), as a list.
+
+    Our choice: no weight decay. Each parameter group keeps its own rate.
+    """
+    matrices = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
+    is_matrix = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in is_matrix]
+    adamw = torch.optim.AdamW(rest, lr=lr_adamw, weight_decay=0.0, fused=rest[0].is_cuda)
+    return [Muon(matrices, dict(lr=lr_muon)), adamw]
 
 
 def make_gradients(model, compile, recompute):
     """-> f(tokens (B, T), targets (B, M), N), the loss; its gradients are then in p.grad.
 
-    compile: fuse every block. recompute: keep only h and S of a pass, and run it again in the
-    backward pass. Else, on CUDA, a step is recorded as one CUDA graph for each kind of batch and
-    replayed: the loss is then a buffer that the next call overwrites. BadInput if it cannot be.
+    compile: fuse every block. recompute: save memory, see SleepLM.one_pass. On CUDA a step is
+    recorded as a CUDA graph (see the end of this file), but not with recompute.
     """
     if compile:
-        torch._dynamo.config.recompile_limit = 64      # one graph for each shape and kind of call
         for block in model.blocks:
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
-    if recompute:
-        model.one_pass = partial(recompute_in_backward, model.one_pass, use_reentrant=False,
-                                 preserve_rng_state=False)                     # nothing is random
+            block.compile(fullgraph=True, dynamic=False)
+    model.recompute = recompute
 
-    def eager(tokens, targets, N, silent=None):
+    def step(tokens, targets, asleep, N):
         model.zero_grad()
-        loss = model(tokens, targets, N, silent)[1]
+        loss = model.algorithm_1(tokens, targets, asleep, N)[1]
         loss.backward()
         return loss.detach()
 
-    if recompute or not model.head.weight.is_cuda:
-        return eager
-    graphs, side, pool = {}, torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    if model.head.weight.is_cuda and not recompute:
+        step = CudaGraphs(model, step)
 
-    def replayed(tokens, targets, N):
-        silent = (targets < 0).all(0).tolist()
-        key = str((tokens.shape, silent, N, model.cfg.eviction,
-                   [p.requires_grad for p in model.parameters()]))
-        if key not in graphs:
-            inputs = tokens.clone(), targets.clone()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                losses = [eager(*inputs, N, silent).item() for _ in range(3)]  # settles libraries
-            torch.cuda.current_stream().wait_stream(side)
-            if not math.isclose(losses[1], losses[2], rel_tol=1e-3):
-                raise BadInput("a pass of this model is random, a graph is not: add --recompute.")
-            # p.grad is None before it, so its gradients are its own, good until the next replay.
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph, pool=pool, stream=side):
-                    loss = eager(*inputs, N, silent)
-            except RuntimeError as e:      # a pass that looks at its numbers, or too little memory
-                raise BadInput(f"no CUDA graph of a step ({e}): add --recompute.") from None
-            graphs[key] = graph, inputs, loss, [p.grad for p in model.parameters()]
-        graph, inputs, loss, grads = graphs[key]
-        torch._foreach_copy_(inputs, (tokens, targets))
-        graph.replay()
-        for p, grad in zip(model.parameters(), grads):
-            p.grad = grad
-        return loss
+    def gradients(tokens, targets, N):
+        check_batch(tokens, targets, model.cfg.vocab_size)
+        return step(tokens, targets, model.windows_asleep(tokens, targets), N)
 
-    return replayed
+    return gradients
 
 
 @torch.no_grad()
 def evaluate(model, task, batch, N=None):
-    """The metrics of one teacher-forced forward pass with N passes a sleep."""
+    """The metrics of one teacher-forced forward pass with N passes a sleep, as plain numbers."""
     tokens, targets, *facts = batch
-    rows, silent = max(1, 2 ** 17 // tokens.shape[1]), (targets < 0).all(0).tolist()
-    with torch.compiler.set_stance("force_eager"):     # these shapes are not worth compiling
-        logits = torch.cat([model(x, y, N, silent)[0]
-                            for x, y in zip(tokens.split(rows), targets.split(rows))])
-    return task.score(tokens, targets, logits, *facts)
+    check_batch(tokens, targets, model.cfg.vocab_size)
+    asleep = model.windows_asleep(tokens, targets)
+    rows = max(1, 2 ** 17 // tokens.shape[1])                  # of some 131,000 tokens at a time
+    training = model.training
+    model.eval()
+    logits = []
+    with torch.compiler.set_stance("force_eager"):             # these shapes are not worth compiling
+        for x, y in zip(tokens.split(rows), targets.split(rows)):
+            logits.append(model.algorithm_1(x, y, asleep, N)[0])
+    model.train(training)
+    return plain_numbers(task.score(tokens, targets, torch.cat(logits), *facts))
 
 
-def line(metrics):
-    cases = lambda x: "  ".join(f"{case}: {v:.3f}" for case, v in x.items())
-    return " | ".join(f"{name} {cases(x) if isinstance(x, dict) else f'{x:.3f}'}"
-                      for name, x in metrics.items())
+def plain_numbers(metrics):
+    """{metric: number or {case: number}} as floats: numpy's numbers and tensors of one become plain."""
+    plain = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            plain[str(name)] = {str(case): float(number) for case, number in value.items()}
+        else:
+            plain[str(name)] = float(value)
+    return plain
+
+
+def format_metrics(metrics):
+    words = []
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            cases = [f"{case}: {number:.3f}" for case, number in value.items()]
+            words.append(f"{name} {'  '.join(cases)}")
+        else:
+            words.append(f"{name} {value:.3f}")
+    return " | ".join(words)
+
+
+# ------------------------------------------------------------------------------------------------
+# The machine: the one place that decides device, bfloat16 and compiling
+
+def choose_device(wanted="auto"):
+    """"auto", "cpu", "cuda", "cuda:1" or "mps" -> the device. auto: cuda if there is one, else cpu.
+
+    BadInput if it is not there. MPS is taken only when asked for: nothing here has run on one.
+    """
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(wanted).type
+    except RuntimeError:
+        kind = None
+    if kind == "cpu":
+        return "cpu"
+    if kind == "mps" and torch.backends.mps.is_available():
+        return "mps"
+    if kind == "cuda" and torch.cuda.is_available():
+        index = torch.device(wanted).index or 0
+        if index < torch.cuda.device_count():
+            check_gpu(index)
+            return wanted
+    too_old = ""
+    if kind == "cuda" and torch.version.cuda is not None:
+        too_old = " (torch was built for CUDA, but finds no GPU that it can use: is the driver too old?)"
+    raise BadInput(f"there is no device '{wanted}' here{too_old}: take --device cpu.")
+
+
+def check_gpu(index):
+    """BadInput if this build of torch has no kernels for the GPU."""
+    major, minor = torch.cuda.get_device_capability(index)
+    built_for = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch[3:].isdigit()]
+    if built_for and 10 * major + minor < min(built_for):
+        raise BadInput(f"this torch has no kernels for the GPU {torch.cuda.get_device_name(index)} "
+                       f"(sm_{major}{minor}; it was built for sm_{min(built_for)} and newer): take "
+                       "--device cpu, or an older torch.")
+
+
+def has_bf16(device):
+    """Does this device multiply matrices in bfloat16 itself? (A T4 only imitates it, slowly.)"""
+    on_cuda = torch.device(device).type == "cuda"
+    return on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def why_no_compile(device):
+    """What torch.compile lacks on this device, in words; "" if nothing."""
+    kind = torch.device(device).type
+    try:
+        torch.compile(nn.Identity())
+    except RuntimeError as e:
+        return f"this torch cannot compile here ({str(e).splitlines()[0]})"
+    if kind == "mps":
+        return "compiling has not been tried on MPS"
+    if kind == "cuda":
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return "the GPU is too old for Triton, which needs compute capability 7.0"
+        if find_spec("triton") is None:
+            return "Triton is not installed"
+    compilers = [os.environ.get("CC" if kind == "cuda" else "CXX")]
+    compilers += ["cl"] if os.name == "nt" else ["g++", "clang++"] if kind == "cpu" else ["gcc", "clang"]
+    if not any(shutil.which(name) for name in compilers if name):
+        return f"there is no C{'++' * (kind == 'cpu')} compiler (looked for {compilers[1]})"
+    return ""
+
+
+def set_up_torch(device):
+    """Global switches of torch: once, before anything is computed or compiled."""
+    torch.set_float32_matmul_precision("high" if torch.device(device).type == "cuda" else "highest")
+    torch.backends.cuda.enable_cudnn_sdp(False)        # its backward pass has had NaN bugs
+    torch._dynamo.config.recompile_limit = 1000        # a graph for each shape and kind of call
+    torch._dynamo.config.accumulated_recompile_limit = 10_000
+    # Attention that thaws after a warm-up has to be compiled again (torch 2.9 to 2.11 would not).
+    if hasattr(torch._dynamo.config, "skip_tensor_guards_with_matching_dict_tags"):
+        torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
+    # The rule's backward pass is float32 as its forward pass is, although the block is in bfloat16.
+    if hasattr(torch._functorch.config, "backward_pass_autocast"):
+        torch._functorch.config.backward_pass_autocast = "off"
+
+
+def device_name(device):
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device}, {torch.get_num_threads()} threads"
 
 
 # ------------------------------------------------------------------------------------------------
 # Files: of each model its run, N1-seed0.json, and a checkpoint to go on from, N1-seed0.pt
 
-def write(path, save):
-    """Make a file whole or not at all: `save(temporary path)`, then rename."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def write(path, save_to):
+    """Make a file whole or not at all: save_to(temporary path), then rename. BadInput if it fails."""
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save(temporary)
+        save_to(temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:   # torch.save raises the second when a disk is full
-        sys.exit(f"{path} could not be written: {e}.")
-    finally:
-        temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as e:       # torch.save raises the second when a disk is full
+        reason = getattr(e, "strerror", None) or "is the disk full?"
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise BadInput(f"{path} could not be written ({reason}): free some space, or choose another "
+                       "--out.") from None
 
 
-def save(path, state):
-    write(path, lambda p: torch.save(state, p))
-    write(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(state["run"], indent=1)))
+def write_text(path, text):
+    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def save(path, model, optimizers, run):
+    """The checkpoint first: a run can be written again from it, but not the other way round."""
+    state = dict(run=run, model=model.state_dict(),
+                 optimizers=[optimizer.state_dict() for optimizer in optimizers])
+    write(path, lambda temporary: torch.save(state, temporary))
+    write_text(path.with_suffix(".json"), json.dumps(run, indent=1))
+
+
+def load(path, task, settings, model, optimizers):
+    """Load a checkpoint into the model and its optimizers -> its run. BadInput if it does not fit."""
+    saved = read_checkpoint(path, settings["device"])
+    try:
+        refuse_other_settings(path, saved["run"], task, settings)
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        return saved["run"]
+    except BadInput:
+        raise
+    except Exception as e:                     # a dict of other keys, tensors of other shapes
+        raise BadInput(f"{path} is no checkpoint of this model ({type(e).__name__}): delete it to train "
+                       "the model anew.") from None
+
+
+def read_checkpoint(path, device="cpu"):
+    """What `save` saved; BadInput if it cannot be read, or if a bit of it has changed."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()        # torch.load does not compare checksums
+        if damaged is None:
+            return torch.load(path, map_location=device, weights_only=True)
+        reason = f"its part {damaged} is damaged"
+    except OSError as e:
+        raise BadInput(f"{path} cannot be opened ({e.strerror or e}).") from None
+    except Exception as e:                     # zipfile and torch.load raise many kinds
+        reason = type(e).__name__
+    raise BadInput(f"{path} cannot be read as a checkpoint ({reason}): delete it to train the model "
+                   "anew.")
 
 
 def refuse_other_settings(path, run, task, settings):
-    old, new = dict(run["settings"], task=run["task"]), dict(settings, task=task.name)
-    if other := [f"{k} was {old.get(k)}, is {new.get(k)}" for k in sorted({*old, *new})
-                 if old.get(k) != new.get(k) and k not in ("compile", "recompute")]:
-        raise BadInput(f"{path} was made with other settings ({'; '.join(other)}): resume with the "
-                       "same ones, or choose another --out.")
+    old = dict(run["settings"], task=run["task"])
+    new = dict(settings, task=task.name)
+    differences = []
+    for flag in sorted(set(old) | set(new)):
+        if flag not in ("compile", "recompute") and old.get(flag) != new.get(flag):
+            differences.append(f"{flag} was {old.get(flag)}, is {new.get(flag)}")
+    if differences:
+        raise BadInput(f"{path} was made with other settings ({'; '.join(differences)}): resume with "
+                       "the same ones, or choose another --out.")
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Keep a second process from training the same model. The lock ends with its process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.stem}.lock"), "a") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"another process is training {path.stem} in {path.parent}: wait for it, or "
+                           "choose another --out.") from None
+        except OSError:
+            pass                               # a file system without locks
+        yield
 
 
 # ------------------------------------------------------------------------------------------------
 # A whole script: the command line, and a model for each N and seed
 
-DEFAULTS = dict(eviction="hard", loop=[], update_rule="gated_delta", conv="as", warmup=0,
-                cooldown=0.0, eval_every=0, seed=[0], N_test=[], recompute=False)
+DEFAULTS = dict(eviction="hard", update_rule="gated_delta", conv="as", warmup=0, cooldown=0.0,
+                eval_every=0, seed=[0], N_test=[], recompute=False)
 FLAGS = dict(
     N="passes of a sleep; one model for each value",
     seed="of weights and data; one model for each value",
@@ -673,7 +1041,6 @@ FLAGS = dict(
     d_model="width",
     n_head="heads of every mixer",
     eviction="hard: only S survives; sliding: also L - 1 tokens",
-    loop="first and stop of the looped blocks; all of them, if not given",
     update_rule=", ".join(UPDATE_RULES),
     conv="mixers behind a short convolution: as, s (the paper), a or ''",
     steps="training steps",
@@ -686,115 +1053,232 @@ FLAGS = dict(
     compile="fuse every block with torch.compile",
     recompute="save memory: of a pass keep h and S, repeat it for the gradient (checkpointing)",
     N_test="test with these N, too; 0: windows are evicted unread")
-MODEL_FLAGS = "L N layout d_model n_head eviction loop update_rule conv".split()
-LIMITS = dict(N=(1, 1000), N_test=(0, 1000), L=(1, 10 ** 9), seed=(0, 10 ** 6), steps=(1, 10 ** 9),
-              eval_every=(1, 10 ** 9), batch_size=(1, 10 ** 6), cooldown=(0, 1),
-              lr_muon=(1e-9, 1e3), lr_adamw=(1e-9, 1e3))
+MODEL_FLAGS = ("L", "N", "layout", "d_model", "n_head", "eviction", "update_rule", "conv")
+LIMITS = dict(N=(1, 1000), N_test=(0, 1000), L=(1, 10 ** 6), seed=(0, 10 ** 6), steps=(1, 10 ** 9),
+              eval_every=(1, 10 ** 9), batch_size=(1, 10 ** 6), d_model=(1, 10 ** 5),
+              n_head=(1, 10 ** 5), warmup=(0, 10 ** 9), cooldown=(0, 1), lr_muon=(1e-9, 1e3),
+              lr_adamw=(1e-9, 1e3))
 
 
 def parse(doc, presets, flags, argv=None):
     """Command line -> the parser and the settings: the preset's values, then what the flags say.
 
-    presets: {name: {flag: value}}, the value gives its type, too; flags: {flag: help} of the task.
+    presets: {name: {flag: value}}; the value gives the flag's type, too. flags: {flag: help} of the
+    task.
     """
-    p = argparse.ArgumentParser(description=doc, add_help=False, allow_abbrev=False,
+    p = argparse.ArgumentParser(description=doc.replace("%", "%%"), add_help=False, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda sentence: p.exit(2, f"{p.prog}: {sentence}\n")
     p.add_argument("--preset", choices=list(presets), default="cpu", help="default: cpu")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    args, _ = p.parse_known_args(argv)
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda (or cuda:1) or mps")
+    args, _ = p.parse_known_args(argv)         # the preset and the device decide the other defaults
+    try:
+        device = choose_device(args.device)
+    except BadInput as e:
+        p.error(e)
+    no_compile = why_no_compile(device)
+    defaults = dict(compile=torch.device(device).type == "cuda" and not no_compile)
+    values = DEFAULTS | defaults | presets[args.preset]
     p.add_argument("-h", "--help", action="help", help="show this")
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    device = next(d for d in there if there[d]) if args.device == "auto" else args.device
-    if not there.get(device):
-        p.error(f"there is no device '{device}' here: take --device cpu.")
-    fuse = dict(compile=device == "cuda" and find_spec("triton") is not None)
-    values = DEFAULTS | fuse | presets[args.preset]
-    for flag, text in (flags | FLAGS).items():
-        value, kind = values[flag], dict(type=type(values[flag]))
+    for flag, words in (flags | FLAGS).items():
+        value = values[flag]
         if isinstance(value, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(value, list):
             kind = dict(type=type(value[0]) if value else int, nargs="+")
-        p.add_argument(f"--{flag}", default=value, help=f"{text} (default: {value})", **kind)
+        else:
+            kind = dict(type=type(value))
+        words = f"{words} (default: {value})".replace("%", "%%")
+        p.add_argument(f"--{flag}", default=value, help=words, **kind)
     p.add_argument("--out", type=Path, help="folder for results; default: a new one in out/")
     p.add_argument("--resume", action="store_true", help="go on where the runs in --out stopped")
     args = p.parse_args(argv)
     args.device = device
     args.eval_every = args.eval_every or max(1, args.steps // 10)
+    if args.compile and no_compile:
+        p.error(f"--compile: {no_compile}. Leave it out.")
     return p, args
 
 
 def plan(args, Task):
     """(task, Config, settings) of each model. BadInput if one of them makes no sense."""
-    for flag, (low, high) in dict(LIMITS, warmup=(0, args.steps - 1)).items():
+    for flag, (low, high) in LIMITS.items():
         value = getattr(args, flag)
-        if not all(low <= x <= high for x in (value if isinstance(value, list) else [value])):
-            raise BadInput(f"--{flag} {value} must be from {low:g} to {high:g}.")
-    plans, flags = [], vars(args).keys() - {"N_test", "data", "out", "resume", "preset"}
+        for number in value if isinstance(value, list) else [value]:
+            if not low <= number <= high:
+                raise BadInput(f"--{flag} {number} must be from {low:g} to {high:g}.")
+    if args.warmup >= args.steps:
+        raise BadInput(f"--warmup {args.warmup} must be less than --steps {args.steps}.")
+    if not args.N or not args.seed:
+        raise BadInput("--N and --seed need at least one number: there is a model for each.")
+    not_of_a_model = {"N_test", "out", "resume", "preset"}
+    flags = sorted(set(vars(args)) - not_of_a_model)
+    plans = []
     for seed in dict.fromkeys(args.seed):
         task = Task(args, seed)
         for N in dict.fromkeys(args.N):
-            settings = {flag: getattr(args, flag) for flag in sorted(flags)} | dict(N=N, seed=seed)
+            settings = {flag: getattr(args, flag) for flag in flags} | dict(N=N, seed=seed)
+            values = {flag: settings[flag] for flag in MODEL_FLAGS}
             try:
-                cfg = Config(task.vocab_size, task.T, **{k: settings[k] for k in MODEL_FLAGS})
+                cfg = Config(task.vocab_size, task.T, bf16=has_bf16(args.device), **values)
             except ValueError as e:
                 raise BadInput(e) from None
             plans.append((task, cfg, settings))
     return plans
 
 
-def main(doc, presets, flags, Task, argv=None):
-    """Train a model for each N and seed. Exit status: 2 bad input, 1 ended early, else 0."""
+def main(doc, presets, flags, Task, argv=None, make_model=None, draw_N=None):
+    """Train a model for each N and seed. Exit status: 0; 2 for bad input; 130 if it is stopped.
+
+    doc, presets, flags: see `parse`. make_model, draw_N: see `train`.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                         # closed by who started this
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(getattr(sys, name), "reconfigure"):       # a letter that it lacks is escaped
+            getattr(sys, name).reconfigure(errors="backslashreplace", line_buffering=True)
     p, args = parse(doc, presets, flags, argv)
-    out = args.out or Path("out") / time.strftime(f"{Task.name}-{args.preset}-%m%d-%H%M%S")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(line_buffering=True)    # a file or a pipe sees it at once, too
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)   # in the background it is ignored
+    set_up_torch(args.device)
+    out = args.out
     try:
         plans = plan(args, Task)
-        try:
-            out.mkdir(parents=True, exist_ok=args.resume)      # of two processes one makes a folder
-        except OSError as e:
-            raise BadInput(f"{out} cannot be made ({e.strerror}): add --resume to go on with what "
-                           "is in it, or choose another --out.") from None
-        run_all(p.prog, args, plans, out)
+        out = make_folder(args, Task.name)
+        run_all(p.prog, args, plans, out, make_model, draw_N)
     except BadInput as e:
         p.error(e)
-    except KeyboardInterrupt:
-        sys.exit(f"stopped. To go on: the same command with --resume --out {out}")
+    except torch.OutOfMemoryError:
+        p.error("there is not enough memory on this GPU: try --recompute, a smaller --batch_size, or "
+                "--no-compile.")
+    except (KeyboardInterrupt, BrokenPipeError) as e:
+        if isinstance(e, BrokenPipeError):                     # as by `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"stopped. To go on: the same command with --resume --out {out}", file=sys.stderr)
+        sys.exit(130)
 
 
-def run_all(name, args, plans, out):
+def make_folder(args, name):
+    """The folder of the results: a new one, or with --resume one that is there."""
+    if args.resume:
+        if args.out is None or not args.out.is_dir():
+            raise BadInput(f"--resume needs --out and the folder of the runs; {args.out} is none.")
+        return args.out
+    out = args.out or Path("out") / time.strftime(f"{name}-{args.preset}-%m%d-%H%M%S")
+    try:
+        out.mkdir(parents=True)                                # of two processes one makes a folder
+    except OSError as e:
+        raise BadInput(f"{out} cannot be made ({e.strerror}): add --resume to go on with what is in "
+                       "it, or choose another --out.") from None
+    return out
+
+
+def run_all(name, args, plans, out, make_model=None, draw_N=None):
     """Train the models that are not finished, then print all of them."""
     flags = ", ".join(f"{flag} {value}" for flag, value in sorted(vars(args).items()))
     print(textwrap.fill(f"{name}: {flags}", 99))
-    write(out / "command.txt", lambda p: p.write_text(" ".join(sys.argv) + "\n"))
-    paths, runs = [out / f"N{s['N']}-seed{s['seed']}.pt" for _, _, s in plans], []
+    paths = [out / f"N{settings['N']}-seed{settings['seed']}.pt" for _, _, settings in plans]
     for path, (task, cfg, settings) in zip(paths, plans):      # refuse before anything is trained
         if path.with_suffix(".json").exists() and not path.exists():
             raise BadInput(f"{path} is gone, but its .json is not: choose another --out.")
-        *_, run = begin(task, cfg, settings, path)
+        *_, run = begin(task, cfg, settings, path, make_model)
         print(f"{path.stem}: {run['parameters']:,} parameters, step {run['steps']} of {args.steps}")
-    print(f"{run['device']} (where others work, too, OMP_NUM_THREADS=1), torch {run['torch']}")
+    refuse_random_batches(task)
+    write_text(out / "command.txt", " ".join(sys.argv) + "\n")
+    precision = "bfloat16 and float32" if cfg.bf16 else "float32"
+    print(f"{run['device']}, {precision}, {'compiled' * args.compile or 'not compiled'}, torch "
+          f"{torch.__version__}")
+    if args.preset != "cpu" and args.device == "cpu":
+        print(f"--preset {args.preset} is meant for a GPU: on this CPU it may take days.")
     if hasattr(task, "show"):
         print(task.show(*(x[0] for x in task.test[:2])))
-    print(f"best constant guess: {line(task.chance)}")
+    print(f"chance (the best constant guess): {format_metrics(plain_numbers(task.chance))}")
+
+    runs = []
     for path, (task, cfg, settings) in zip(paths, plans):
-        model, run = train(task, cfg, settings, path)
-        if new := [N for N in args.N_test if str(N) not in run.get("N_test", {})]:
-            tests = {str(N): evaluate(model, task, task.test, N) for N in new}
-            run["N_test"] = run.get("N_test", {}) | tests
-        save(path, torch.load(path, weights_only=True) | dict(run=run))
+        with locked(path):
+            model, optimizers, run = train(task, cfg, settings, path, make_model, draw_N)
+            for N in args.N_test:
+                tested = run.setdefault("N_test", {})
+                if str(N) not in tested:
+                    tested[str(N)] = evaluate(model, task, task.test, N)
+            save(path, model, optimizers, run)
         runs.append(run)
     for run in runs:
+        metrics = {metric: run[metric] for metric in run["chance"]}
         print(f"N {run['N']} seed {run['seed']} | {run['tokens'] / 1e6:.1f}M tokens | "
-              f"{run['seconds']:.0f} s | {line({metric: run[metric] for metric in task.chance})}")
-        for N in run.get("N_test", {}):
-            print(f"  tested with N = {N}: {line(run['N_test'][N])}")
-    print(f"saved in {out}; to draw it: python -m lab.plot {out}")
+              f"{run['seconds']:.0f} s | {format_metrics(metrics)}")
+        for N, metrics in run.get("N_test", {}).items():
+            print(f"  tested with N = {N}: {format_metrics(metrics)}")
+    print(f"saved in {out}; to draw it: python -m lab.tools.draw_runs {out}")
+
+
+def refuse_random_batches(task):
+    """A run resumes exactly only if a batch depends on seed and step alone."""
+    for first, second in zip(task.make_batch(0), task.make_batch(0)):
+        if not torch.equal(torch.as_tensor(first), torch.as_tensor(second)):
+            raise BadInput("make_batch(0) gives another batch each time: draw from a torch.Generator "
+                           "that is seeded with seed and step.")
+
+
+# ------------------------------------------------------------------------------------------------
+# CUDA graphs. They help where a step has thousands of small kernels, as in the cpu presets, and
+# Python cannot launch them as fast as the GPU runs them. The numbers are the same.
+
+class CudaGraphs:
+    """Records step(tokens, targets, asleep, N) -> loss once for each kind of batch, then replays it.
+
+    The loss is a buffer that the next call overwrites, and p.grad are buffers, too. BadInput if a
+    step cannot be recorded: if it is random, if it looks at its own numbers, or lacks memory.
+    """
+
+    def __init__(self, model, step):
+        self.model = model
+        self.step = step
+        self.recorded = {}
+        self.side = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()             # one pool of memory for all graphs
+
+    def __call__(self, tokens, targets, asleep, N):
+        model = self.model
+        trained = [p.requires_grad for p in model.parameters()]
+        kind = str((tokens.shape, targets.shape, asleep, N, model.cfg.eviction, trained))
+        if kind not in self.recorded:
+            self.recorded[kind] = self.record(tokens.clone(), targets.clone(), asleep, N)
+        graph, inputs, loss, grads = self.recorded[kind]
+        torch._foreach_copy_(inputs, [tokens, targets])
+        graph.replay()
+        for p, grad in zip(model.parameters(), grads):
+            p.grad = grad
+        return loss
+
+    def record(self, tokens, targets, asleep, N):
+        # Three steps on a side stream: libraries and the compiler settle, as CUDA asks for.
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            losses = [self.step(tokens, targets, asleep, N).item() for _ in range(3)]
+        torch.cuda.current_stream().wait_stream(self.side)
+        if not math.isclose(losses[1], losses[2], rel_tol=1e-3):
+            raise BadInput("a pass of this model is random, which a CUDA graph is not: add --recompute.")
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
+                loss = self.step(tokens, targets, asleep, N)   # zero_grad: p.grad are the graph's own
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as e:
+            reason = str(e).splitlines()[0]
+            raise BadInput(f"no CUDA graph of a step ({reason}): add --recompute.") from None
+        return graph, [tokens, targets], loss, [p.grad for p in self.model.parameters()]
 
 
 if __name__ == "__main__":
-    from lab import demo                   # a trained model, watched while it sleeps
+    try:
+        from lab.course import demo            # a trained model, watched while it sleeps
+    except ModuleNotFoundError as e:
+        if not (e.name or "").startswith("lab"):
+            raise
+        sys.exit("sleep.py: the demonstration is in lab/, which is not beside this file. The file works "
+                 "without it: `from sleep import Config, SleepLM`.")
     demo.main()
