@@ -1,12 +1,12 @@
 """What can be guessed, looked up or read off without sleep: the baselines of Rule 110 and of the word
 problems. (Of k hops nothing can: a test computes it.)
 
-    python -m lab.baselines ca --split 0        lookups and a small network, on the tapes of train_ca.py
-    python -m lab.baselines gsm                 the commonest number; readers of one to three sentences
+    python -m lab.experiments.baselines ca --split 0     lookups and a small network, on train_ca.py's tapes
+    python -m lab.experiments.baselines gsm              the commonest number; readers of one to three sentences
 
-The flags are those of train_ca.py and train_gsm.py.
+The flags are those of train_ca.py and train_gsm.py that make the task, --seed and --L; flags of the
+model or of the training change nothing here.
 """
-import sys
 from collections import Counter
 
 import torch
@@ -15,6 +15,9 @@ import torch.nn.functional as F
 import sleep
 import train_ca
 import train_gsm
+from lab.common import mean, program
+
+FIRST_NUMBER = 11                          # the token of the number 0 in train_gsm.py
 
 
 # ------------------------------------------------------------------------------------------------
@@ -22,36 +25,48 @@ import train_gsm
 
 def ca(task):
     """{baseline: metrics on the test} of Rule 110, a train_ca.Tapes."""
-    if task.W > 20:
-        raise sleep.BadInput(f"--W {task.W}: the lookups list all tapes, so take 20 cells at most.")
-    every = torch.arange(1 << task.W)
-    cells = (every[:, None] >> torch.arange(task.W)) & 1                       # (2^W, W)
-    label, trained = train_ca.evolve(cells, task.rule, task.t)[:, 0], ~task.held_out(every)
-    tokens, labels = task.test
-    asked = (tokens[:, :task.W * task.n_tapes].unflatten(1, (task.n_tapes, task.W))
-             << torch.arange(task.W)).sum(-1)                                  # (B, tapes)
+    W = task.W
+    if W > 20:
+        raise sleep.BadInput(f"--W {W}: the lookups list all tapes, so take 20 cells at most.")
+    tape = torch.arange(1 << W)            # every tape, as a number: bit i is cell i
+    cells = (tape[:, None] >> torch.arange(W)) & 1             # (2^W, W)
+    label = train_ca.evolve(cells, task.rule, task.t)[:, 0]
+    trained = ~task.held_out(tape)
+    tokens, test_labels = task.test
+    test_cells = tokens[:, :W * task.n_tapes].unflatten(1, (task.n_tapes, W))
+    test_tape = (test_cells << torch.arange(W)).sum(-1)        # (B, tapes)
 
-    def score(guess):                      # of every tape -> metrics
-        right = guess[asked] == labels
+    def score(predicted):
+        """Metrics of the labels predicted for all tapes (2^W,)."""
+        right = predicted[test_tape] == test_labels
         return dict(exact=right.all(1).float().mean().item(), bit=right.float().mean().item())
 
-    def lookup(mask):                      # what most trained tapes with the same cells say
-        ones = torch.zeros(1 << task.W).index_add_(0, every[trained] & mask, label[trained].float())
-        seen = torch.zeros(1 << task.W).index_add_(0, every[trained] & mask, torch.ones(trained.sum()))
-        known = (seen > 0)[every & mask]
-        return torch.where(known, (ones > seen / 2)[every & mask].long(), label[trained].mode()[0])
+    def lookup(mask):
+        """Metrics of the majority among the trained tapes that agree in the cells of the mask."""
+        key = tape & mask
+        n_ones = torch.zeros(1 << W).index_add_(0, key[trained], label[trained].float())
+        n_seen = torch.zeros(1 << W).index_add_(0, key[trained], torch.ones(trained.sum()))
+        commonest = label[trained].mode()[0]
+        majority = (n_ones > n_seen / 2).long()
+        return score(torch.where(n_seen[key] > 0, majority[key], commonest))
 
-    bits = [1 << i for i in range(task.W) if task.bits >> i & 1]
-    near = every[:, None] ^ torch.tensor(bits)                                 # (2^W, cells)
-    votes = ((2 * label[near] - 1) * trained[near]).sum(1)
-    drop = {i: score(lookup(((1 << task.W) - 1) ^ (1 << i))) for i in range(task.W)}
-    matter = {i: score(lookup(task.bits ^ bit)) for i, bit in enumerate(bits)}
-    best = lambda scores: max(scores.values(), key=lambda metrics: metrics["bit"])
-    return {"best constant": task.chance,
-            "majority of the trained patterns that differ in one cell": score((votes > 0).long()),
-            "best lookup that forgets one cell of the ring": best(drop),
-            "best lookup of the cells that matter but one": best(matter),
-            "network (256, 256) on the cells": score(network(2.0 * cells - 1, label, trained))}
+    all_cells = (1 << W) - 1
+    matter = [1 << i for i in range(W) if task.bits >> i & 1]
+    neighbours = tape[:, None] ^ torch.tensor(matter)          # differ in one cell that matters
+    votes = ((2 * label[neighbours] - 1) * trained[neighbours]).sum(1)
+    without_a_cell = [lookup(all_cells ^ (1 << i)) for i in range(W)]
+    without_a_cell_that_matters = [lookup(task.bits ^ bit) for bit in matter]
+    return {
+        "best constant": task.chance,
+        "majority of the trained patterns that differ in one cell": score((votes > 0).long()),
+        "best lookup that forgets one cell of the ring": best_bit(without_a_cell),
+        "best lookup of the cells that matter but one": best_bit(without_a_cell_that_matters),
+        "network (256, 256) on the cells": score(network(2.0 * cells - 1, label, trained)),
+    }
+
+
+def best_bit(scores):
+    return max(scores, key=lambda metrics: metrics["bit"])
 
 
 def network(x, label, trained, steps=2000):
@@ -59,7 +74,8 @@ def network(x, label, trained, steps=2000):
     torch.manual_seed(0)
     mlp = torch.nn.Sequential(torch.nn.Linear(x.shape[1], 256), torch.nn.ReLU(),
                               torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 2))
-    adamw, rows = torch.optim.AdamW(mlp.parameters(), lr=1e-3), trained.nonzero().flatten()
+    adamw = torch.optim.AdamW(mlp.parameters(), lr=1e-3)
+    rows = trained.nonzero().flatten()
     for _ in range(steps):
         batch = rows[torch.randint(len(rows), (512,))]
         adamw.zero_grad()
@@ -89,9 +105,14 @@ def resolve(asked, sentences, p, reads):
         said = " plus ".join(dict.fromkeys(members)).split()
     else:
         said = next((rest for name, *rest in sentences if name == asked), [])
-    factor, total, sign = 1, 0, 1
+    if not said or said == ["unknown"]:
+        return None
+    factor = 1
     if said[1:2] == ["times"]:
-        factor, said = int(said[0]), said[2:]
+        factor = int(said[0])
+        said = said[2:]
+    total = 0
+    sign = 1
     for word in said:
         if word in ("plus", "minus"):
             sign = 1 if word == "plus" else -1
@@ -100,43 +121,53 @@ def resolve(asked, sentences, p, reads):
         if value is None:
             return None
         total += sign * value
-    return factor * total % p if said and said != ["unknown"] else None
+    return factor * total % p
 
 
 def gsm(task):
     """{baseline: {depth: accuracy}} of word problems, a train_gsm.Problems; a reader who cannot tell
     takes the commonest number."""
     tokens, targets, depths = task.test
-    answers, right = targets[targets >= 0].tolist(), {}
+    answers = targets[targets >= 0].tolist()
+    right = {}                             # {baseline: {depth: [bool]}}
     for row, answer, depth in zip(tokens, answers, depths.flatten().abs().tolist()):
         asked, sentences = read(task, row)
-        told = Counter(said[0] for _, *said in sentences if len(said) == 1 and said[0].isdigit())
-        common = int(told.most_common(1)[0][0]) if told else 0
-        guesses = {"commonest number among the sentences `x is c`": common}
+        numbers = Counter(said[0] for _, *said in sentences if len(said) == 1 and said[0].isdigit())
+        commonest = int(numbers.most_common(1)[0][0]) if numbers else 0
+        predicted = {"commonest number among the sentences `x is c`": commonest}
         for reads in (1, 2, 3):
             value = resolve(asked, sentences, task.args.p, reads)
-            guesses[f"a reader of {reads} sentence{'s' * (reads > 1)} in a chain"] = common if value is None else value
-        for baseline, guess in guesses.items():
-            right.setdefault(baseline, {}).setdefault(str(depth), []).append(guess == answer - 11)
-    return {"best constant": dict(accuracy=task.chance["accuracy"])} | {
-        baseline: dict(accuracy={d: sum(hits) / len(hits) for d, hits in sorted(by_depth.items())})
-        for baseline, by_depth in right.items()}
+            plural = "" if reads == 1 else "s"
+            baseline = f"a reader of {reads} sentence{plural} in a chain"
+            predicted[baseline] = commonest if value is None else value
+        for baseline, number in predicted.items():
+            hits = right.setdefault(baseline, {}).setdefault(str(depth), [])
+            hits.append(number == answer - FIRST_NUMBER)
+    found = {"best constant": dict(accuracy=task.chance["accuracy"])}
+    for baseline, by_depth in right.items():
+        found[baseline] = dict(accuracy={depth: mean(hits) for depth, hits in sorted(by_depth.items())})
+    return found
 
 
-def main(argv=None):
-    name, *rest = (sys.argv[1:] if argv is None else argv) or ["-h"]
-    if name not in ("ca", "gsm"):
+@program
+def main(argv):
+    if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
-        sys.exit(0 if name in ("-h", "--help") else 2)
-    module, Task, baselines = dict(ca=(train_ca, train_ca.Tapes, ca),
-                                   gsm=(train_gsm, train_gsm.Problems, gsm))[name]
-    args = sleep.parse(module.__doc__, module.PRESETS, module.FLAGS, rest)[1]
-    try:
-        for baseline, metrics in baselines(Task(args, args.seed[0])).items():
-            print(f"{baseline:60} {sleep.line(metrics)}")
-    except sleep.BadInput as e:
-        print(f"baselines.py: {e}", file=sys.stderr)
-        sys.exit(2)
+        return
+    name, *flags = argv
+    if name == "ca":
+        module, Task, baselines = train_ca, train_ca.Tapes, ca
+    elif name == "gsm":
+        module, Task, baselines = train_gsm, train_gsm.Problems, gsm
+    else:
+        raise sleep.BadInput(f"there are baselines of ca and of gsm, not of {name}.")
+    allowed = {*module.FLAGS, "seed", "L", "preset", "device"}
+    names = {flag[2:].split("=")[0] for flag in flags if flag.startswith("--")} - {"help"}
+    if names - allowed:
+        raise sleep.BadInput(f"--{' --'.join(sorted(names - allowed))} changes nothing here: leave it out.")
+    _, args = sleep.parse(module.__doc__, module.PRESETS, module.FLAGS, flags)
+    for baseline, metrics in baselines(Task(args, args.seed[0])).items():
+        print(f"{baseline:60} {sleep.format_metrics(metrics)}")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
-"""Roots: a question whose depth is in the data, not in a token. Does more sleep answer deeper ones?
+"""Trees: a question whose depth is in the data, not in a token. Does more sleep answer deeper ones?
 
 Three trees of equal size; every node points to its parent, a root to itself. The edges stand in random
 order in one window, and are evicted; then each node is asked for: which root does it lead to? Who knows
 no more than the roots is right once in three times. (With three trees only, training was stuck at that
-guess. So it has three to twelve, the more the smaller: there the guess is worth less.) In training no
-node lies deeper than `depth` edges, in the test up to `test_depth`: a model that steps from parent to
+chance. So it has three to twelve, the more the smaller: there chance is lower.) In training no node
+lies deeper than `depth` edges, in the test up to `test_depth`: a model that steps from parent to
 parent can go on for as long as it sleeps.
 
     3 1  1 1  0 3  2 2  4 0  5 2 ..   | 4 0 5 ..       edges (node, parent), questions; answers 1 1 2 ..
 
-    python -m lab.forest                   train with 4 passes, test with up to 16
+    python -m lab.experiments.trees        train with 4 passes, test with up to 16
 """
 import random
 
 import torch
 
 import sleep
+from lab.common import program
 
 PRESETS = {"cpu": dict(N=[4], size=8, depth=3, test_depth=7, deeper=0.3, L=48, layout="as", d_model=96,
                        n_head=1, steps=2000, batch_size=32, lr_muon=1e-2, lr_adamw=4e-3, cooldown=0.4,
@@ -26,65 +27,110 @@ FLAGS = dict(size="nodes of each of the test's three trees",
              deeper="first share of the steps, in which the depth grows from 1")
 
 
-class Forests:
+class Trees:
     """The task, as sleep.main wants it."""
-    name = "forest"
+    name = "trees"
 
     def __init__(self, args, seed):
-        self.args, self.seed, self.nodes = args, seed, 3 * args.size
-        self.vocab_size, self.T = self.nodes, 3 * self.nodes
-        if not (2 <= args.size <= 1000 and 1 <= args.depth <= args.test_depth < args.size
-                and 0 <= args.deeper <= 1):
-            raise sleep.BadInput(f"--size {args.size} --depth {args.depth} --test_depth {args.test_depth} "
-                                 f"--deeper {args.deeper}: take 2 to 1,000 nodes, depths from 1 to less "
-                                 "than that, the test's not smaller, and a share from 0 to 1.")
+        if not 2 <= args.size <= 1000:
+            raise sleep.BadInput(f"--size {args.size} must be 2 to 1,000 nodes.")
+        if not 1 <= args.depth <= args.test_depth < args.size:
+            raise sleep.BadInput(f"--depth {args.depth} --test_depth {args.test_depth}: take 1 <= depth <= "
+                                 f"test_depth < size = {args.size}.")
+        if not 0 <= args.deeper <= 1:
+            raise sleep.BadInput(f"--deeper {args.deeper} must be a share of the steps, from 0 to 1.")
+        self.args = args
+        self.seed = seed
+        self.nodes = 3 * args.size
+        self.vocab_size = self.nodes
+        self.T = 3 * self.nodes
         if (2 * self.nodes) % args.L:
             raise sleep.BadInput(f"--L {args.L} must divide the {2 * self.nodes} tokens of the edges.")
         self.test = self.make_batch(-1)
-        self.chance = dict(accuracy={str(d): 1 / 3 for d in range(1, args.test_depth + 1)})
+        self.chance = dict(accuracy={str(depth): 1 / 3 for depth in range(1, args.test_depth + 1)})
 
     def make_batch(self, step):
         """Step -> tokens (B, T), targets (B, nodes), depths (B, nodes) of what is asked; -1: the test."""
-        args, test, nodes = self.args, step < 0, self.nodes
-        g = torch.Generator(args.device).manual_seed(0 if test else self.seed * 10 ** 9 + step + 1)
-        rand = lambda *shape: torch.rand(*shape, generator=g, device=args.device)
-        B, growing = (1024 if test else args.batch_size), args.deeper * args.steps
-        deepest = args.test_depth if test else args.depth
-        if not test and step < growing:
-            deepest = 1 + int(deepest * step / growing)
-        fits = [trees for trees in range(3, nodes) if nodes % trees == 0 and nodes // trees > deepest]
-        trees = 3 if test else random.Random(self.seed * 10 ** 9 + step).choice(fits)
-        n = nodes // trees                                     # nodes of a tree
-        # In each tree nodes 0 to D are a path; the others hang on any node before them above depth D.
-        D = 1 + (rand(B, 1) * deepest).long().expand(B, trees)                 # (B, trees)
-        parent = torch.zeros(B, trees, n, dtype=torch.long, device=args.device)
-        depth = torch.zeros_like(parent)
-        for i in range(1, n):
-            free = rand(B, trees, i) * (depth[..., :i] < D[..., None])
-            parent[..., i] = torch.where(i <= D, i - 1, free.argmax(-1))
-            depth[..., i] = 1 + depth.gather(2, parent[..., i:i + 1]).squeeze(-1)
-        first = torch.arange(trees, device=args.device)[:, None] * n           # (trees, 1)
-        name = rand(B, nodes).argsort(1)                                       # of node first + i
-        parent = name.gather(1, (parent + first).flatten(1))
-        root = name.gather(1, first.expand(trees, n).flatten().expand(B, -1))
-        edges = torch.stack([name, parent], -1)                                # (B, nodes, 2)
-        order, asked = rand(B, nodes).argsort(1), rand(B, nodes).argsort(1)
+        args = self.args
+        is_test = step < 0
+        B = 1024 if is_test else args.batch_size
+        g = torch.Generator(args.device)
+        g.manual_seed(0 if is_test else self.seed * 10 ** 9 + step + 1)
+        deepest = args.test_depth if is_test else self.deepest_in_training(step)
+        n_trees = 3 if is_test else self.draw_n_trees(step, deepest)
+        parent, depth = draw_trees(B, n_trees, self.nodes // n_trees, deepest, g)
+        # The nodes of tree i are first[i], first[i] + 1, ... A random name for each.
+        first = torch.arange(n_trees, device=args.device)[:, None] * parent.shape[2]       # (n_trees, 1)
+        name = random_order(B, self.nodes, g)                                  # (B, nodes)
+        parent_name = name.gather(1, (parent + first).flatten(1))
+        root = first.expand(parent.shape[1:]).flatten()                        # (nodes,)
+        root_name = name.gather(1, root.expand(B, -1))
+        edges = torch.stack([name, parent_name], -1)                           # (B, nodes, 2)
+        order = random_order(B, self.nodes, g)
+        asked = random_order(B, self.nodes, g)
         edges = edges.gather(1, order[..., None].expand_as(edges)).flatten(1)
         tokens = torch.cat([edges, name.gather(1, asked)], 1)
-        return tokens, root.gather(1, asked), depth.flatten(1).gather(1, asked)
+        return tokens, root_name.gather(1, asked), depth.flatten(1).gather(1, asked)
 
-    def score(self, tokens, targets, logits, depth):
+    def deepest_in_training(self, step):
+        growing = self.args.deeper * self.args.steps
+        if step < growing:
+            return 1 + int(self.args.depth * step / growing)
+        return self.args.depth
+
+    def draw_n_trees(self, step, deepest):
+        """A number of trees that divides the nodes and leaves each tree deep enough."""
+        fits = []
+        for n_trees in range(3, self.nodes):
+            if self.nodes % n_trees == 0 and self.nodes // n_trees > deepest:
+                fits.append(n_trees)
+        return random.Random(self.seed * 10 ** 9 + step).choice(fits)
+
+    def score(self, tokens, targets, logits, depths):
         """Accuracy by the depth of the node that is asked for; roots are not counted."""
         right = (logits.argmax(-1) == targets).float()
-        return dict(accuracy={str(d): right[depth == d].mean().item()
-                              for d in range(1, self.args.test_depth + 1)})
+        accuracy = {}
+        for depth in range(1, self.args.test_depth + 1):
+            accuracy[str(depth)] = right[depths == depth].mean().item()
+        return dict(accuracy=accuracy)
 
     def show(self, tokens, targets):
-        edges = ", ".join(f"{a} -> {b}" for a, b in tokens[:2 * self.nodes].view(-1, 2).tolist())
-        asked = zip(tokens[2 * self.nodes:].tolist(), targets.tolist())
-        return f"  {edges}\n  roots: " + ", ".join(f"{node}: {root}" for node, root in asked)
+        n_edge_tokens = 2 * self.nodes
+        pairs = tokens[:n_edge_tokens].view(-1, 2).tolist()
+        edges = ", ".join(f"{node} -> {parent}" for node, parent in pairs)
+        answers = zip(tokens[n_edge_tokens:].tolist(), targets.tolist())
+        return f"  {edges}\n  roots: " + ", ".join(f"{node}: {root}" for node, root in answers)
+
+
+def random_order(B, n, g):
+    """B random orders of 0 to n - 1: (B, n)."""
+    return torch.rand(B, n, generator=g, device=g.device).argsort(1)
+
+
+def draw_trees(B, n_trees, n, deepest, g):
+    """Trees of n nodes, node 0 the root -> parents and depths, (B, n_trees, n) each.
+
+    In each tree nodes 0 to D are a path, with D from 1 to `deepest`; each other node hangs on any
+    node before it that lies above depth D.
+    """
+    D = 1 + (torch.rand(B, 1, generator=g, device=g.device) * deepest).long()
+    D = D.expand(B, n_trees)
+    parent = torch.zeros(B, n_trees, n, dtype=torch.long, device=g.device)
+    depth = torch.zeros_like(parent)
+    for i in range(1, n):
+        lot = torch.rand(B, n_trees, i, generator=g, device=g.device)
+        above_D = depth[..., :i] < D[..., None]
+        drawn = (lot * above_D).argmax(-1)                     # (B, n_trees)
+        parent[..., i] = torch.where(i <= D, i - 1, drawn)
+        depth[..., i] = 1 + depth.gather(2, parent[..., i:i + 1]).squeeze(-1)
+    return parent, depth
+
+
+@program
+def main(argv):
+    from lab.experiments.registry import train             # it imports this file
+    train("trees", argv)
 
 
 if __name__ == "__main__":
-    from lab import experiments
-    sleep.main(*experiments.load_task("forest"))
+    main()

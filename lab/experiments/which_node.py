@@ -1,20 +1,24 @@
-"""How far along the way is the node that a model says?
+"""Which node does a model say? How far along the way is it?
 
-    python -m lab.reach out/experiments/khop/*.pt --out lab/khop-reach.png
-    python -m lab.reach out/experiments/forest/N4-seed?.pt --N 4 6 8        passes at the test
+    python -m lab.experiments.which_node out/experiments/khop/*.pt --out which_node.png
+    python -m lab.experiments.which_node out/experiments/trees/N4-seed?.pt --N 4 6 8    passes at the test
+    python -m lab.experiments.which_node --draw lab/results/khop-reach.json             draw it again
 
 A right answer lies so many edges from the node that is asked about. Walks the edges of the test from
 there, and counts at which one the model's answer lies, right or wrong. Checkpoints that were trained with
 the same N share a panel. Writes a picture and, beside it, its numbers.
 """
-import json
 from pathlib import Path
 
 import torch
 
 import sleep
-from lab import wake
-from lab.plot import TASKS, figure, parser, save_figure
+from lab.common import (TASK_WORDS, check_output, mean, parser, picture_of, program, read_results,
+                        write_results)
+from lab.experiments import when_to_wake
+from lab.experiments.plots import figure, save_figure, write_in_cell
+
+SMALL = 0.005                              # a share below it is not written
 
 
 def walk(tokens, n, start, end):
@@ -25,9 +29,11 @@ def walk(tokens, n, start, end):
     source, target = tokens[:, :2 * n].unflatten(1, (n, 2)).unbind(-1)
     after = torch.zeros(len(tokens), tokens.max() + 1, dtype=torch.long).scatter(1, source, target)
     edges = torch.full_like(start, n)
+    node = start
     for i in range(n):
-        edges = torch.where((start == end) & (edges == n), i, edges)
-        start = after.gather(1, start)
+        arrived_now = (node == end) & (edges == n)
+        edges = torch.where(arrived_now, i, edges)
+        node = after.gather(1, node)
     return edges
 
 
@@ -35,74 +41,119 @@ def walk(tokens, n, start, end):
 def measure(model, task, N):
     """{edges to the right answer: shares of answers that lie 0, 1, ..., n - 1 edges away, or elsewhere}"""
     tokens, targets = task.test[:2]
-    n, M = task.nodes, targets.shape[1]
+    n = task.nodes
     asked = (targets >= 0)[0].nonzero().squeeze(1)             # the same places in every sequence
-    start, end = tokens[:, -M:][:, asked], targets[:, asked]
-    said = model(tokens, targets, N=N)[0].argmax(-1)[:, asked]
-    right, there = walk(tokens, n, start, end), walk(tokens, n, start, said)
-    return {str(k): [(there[right == k] == i).float().mean().item() for i in range(n + 1)]
-            for k in right.unique().tolist()}
+    start = tokens[:, -targets.shape[1]:][:, asked]
+    right_answer = targets[:, asked]
+    answer = model(tokens, targets, N=N)[0].argmax(-1)[:, asked]
+    to_right_answer = walk(tokens, n, start, right_answer)
+    to_answer = walk(tokens, n, start, answer)
+    shares = {}
+    for k in to_right_answer.unique().tolist():
+        of_k = to_answer[to_right_answer == k]
+        shares[str(k)] = [(of_k == i).float().mean().item() for i in range(n + 1)]
+    return shares
 
 
-def draw(found, path, name):
-    """A panel a kind of model: downwards what is asked, to the right what is said."""
-    fig, axes = figure(1, len(found), (max(4.2 * len(found), 6), 0.4 * len(found[0]["share"]) + 2.2), sharey=True)
-    ends = 1 + max(i for x in found for row in x["share"].values() for i, share in enumerate(row[:-1])
-                   if share >= 0.005)
-    for ax, x in zip(axes[0], found):
-        rows = [[*row[:ends], sum(row[ends:])] for row in x["share"].values()]
+def draw(runs, path):
+    """A panel a run: downwards what is asked, to the right what is said."""
+    size = (max(4.2 * len(runs), 6), 0.4 * len(runs[0]["share"]) + 2.2)
+    fig, axes = figure(1, len(runs), size, sharey=True)
+    columns = 1                            # up to the farthest node that is said
+    for run in runs:
+        for row in run["share"].values():
+            far = [i for i, share in enumerate(row[:-1]) if share >= SMALL]
+            columns = max([columns, *(i + 1 for i in far)])
+    for ax, run in zip(axes[0], runs):
+        rows = [[*row[:columns], sum(row[columns:])] for row in run["share"].values()]
         image = ax.imshow(rows, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for y, row in enumerate(rows):
-            for i, share in enumerate(row):
-                if share >= 0.005:         # what is less than 0.01 stays dark
-                    ax.text(i, y, f"{share:.2f}", ha="center", va="center", fontsize=7,
-                            color="w" if share < 0.6 else "k")
-        ax.set_xticks(range(ends + 1), [*range(ends), "else"])
-        ax.set_yticks(range(len(rows)), x["share"])
-        ax.set(title=f"trained with N = {x['trained']}, tested with {x['passes']}",
-               xlabel="edges to the node that is said")
+            for x, share in enumerate(row):
+                if share >= SMALL:
+                    write_in_cell(ax, x, y, f"{share:.2f}", share, 7)
+        ax.set_xticks(range(columns + 1), [*range(columns), "else"])
+        ax.set_yticks(range(len(rows)), run["share"])
+        ax.set_title(f"trained with N = {run['trained']}, tested with {run['passes']}", fontsize=10)
+        ax.set_xlabel("edges to the node that is said")
         ax.grid(False)
     axes[0, 0].set_ylabel("edges to the right answer")
     fig.colorbar(image, ax=axes[0, -1], label="share of answers")
-    fig.suptitle(f"{TASKS[name][0]}: how far along the way is the node that a model says?\n"
-                 f"mean of seeds {', '.join(map(str, found[0]['seeds']))}", fontsize=10)
+    fig.suptitle(f"{TASK_WORDS[runs[0]['task']][0]}: how far along the way is the node that a model says?\n"
+                 f"mean of seeds {', '.join(map(str, runs[0]['seeds']))}", fontsize=10)
     save_figure(fig, path)
 
 
-def main(argv=None):
+def load_models(paths):
+    """{N in training: [(seed, model, task)]} of the checkpoints, each once; BadInput if they do not fit."""
+    kinds = {}
+    first_task = None
+    for path in dict.fromkeys(path.resolve() for path in paths):
+        model, task = when_to_wake.load(path)
+        if model.cfg.L != 2 * task.nodes:                      # words, or padding
+            raise sleep.BadInput(f"{path}: its window holds more than edges; take a model of a cpu preset.")
+        first_task = first_task or task
+        if not torch.equal(task.test[0], first_task.test[0]):
+            raise sleep.BadInput(f"{path} has another test than {paths[0]}: take models of one task, with "
+                                 "the same settings of it.")
+        kinds.setdefault(model.cfg.N, []).append((task.seed, model, task))
+    return dict(sorted(kinds.items()))
+
+
+def measure_all(kinds, passes):
+    """Runs, one for each N in training and N at the test (passes; None: as in training)."""
+    runs = []
+    for trained, models in kinds.items():
+        for N in dict.fromkeys(passes or [trained]):
+            by_seed = [measure(model, task, N) for _, model, task in models]
+            share = {}
+            for k in by_seed[0]:
+                share[k] = [mean(values) for values in zip(*(shares[k] for shares in by_seed))]
+            runs.append(dict(task=models[0][2].name, trained=trained, passes=N,
+                             seeds=sorted(seed for seed, *_ in models), share=share))
+    return runs
+
+
+def print_run(run):
+    print(f"trained with N = {run['trained']}, tested with {run['passes']}: of the answers to what lies k "
+          "edges away")
+    for k, row in run["share"].items():
+        texts = [f"{i}: {share:.2f}" for i, share in enumerate(row[:-1]) if share >= SMALL]
+        print(f"  k = {k}: so many lie so far:  {'  '.join(texts)}  elsewhere: {row[-1]:.2f}")
+
+
+def redraw(file, out):
+    check_output(out, ".png")
+    runs = read_results(file).get("runs", [])
+    if not runs or any({"task", "trained", "passes", "seeds", "share"} - set(run) for run in runs):
+        raise sleep.BadInput(f"{file} holds no numbers of lab.experiments.which_node.")
+    draw(runs, out)
+    print(f"saved: {out}")
+
+
+@program
+def main(argv):
     p = parser(__doc__)
-    p.add_argument("checkpoint", type=Path, nargs="+")
+    p.add_argument("checkpoint", type=Path, nargs="*")
     p.add_argument("--N", type=int, nargs="+", help="passes at the test; default: as in training")
-    p.add_argument("--out", type=Path, default=Path("out/reach.png"), help="default: out/reach.png")
+    p.add_argument("--out", type=Path, help="the picture; default: out/which_node.png")
+    p.add_argument("--draw", type=Path, metavar="FILE", help="draw a file of numbers; nothing is measured")
     args = p.parse_args(argv)
-    kinds, first = {}, None                # {N in training: [(seed, model, task)]}, the first task
-    try:
-        if args.out.suffix != ".png" or args.N and min(args.N) < 0:
-            raise sleep.BadInput(f"--N {args.N} --out {args.out}: take passes >= 0, and a name that ends in .png.")
-        for path in args.checkpoint:
-            model, task = wake.load(path)
-            if model.cfg.L != 2 * task.nodes:                  # words, padding, questions in front
-                raise sleep.BadInput(f"{path}: its window holds more than edges; take a model of a cpu preset.")
-            first = task if first is None else first
-            if not torch.equal(task.test[0], first.test[0]):
-                raise sleep.BadInput(f"{path} has another test than {args.checkpoint[0]}: take models of one "
-                                     "task, with the same settings of it.")
-            kinds.setdefault(model.cfg.N, []).append((task.seed, model, task))
-    except sleep.BadInput as e:
-        p.error(e)
-    found = []
-    for trained, models in sorted(kinds.items(), key=lambda kind: kind[0]):
-        for N in args.N or [trained]:
-            shares = [measure(model, task, N) for _, model, task in models]
-            share = {k: [sum(x) / len(x) for x in zip(*(s[k] for s in shares))] for k in shares[0]}
-            found.append(dict(trained=trained, passes=N, seeds=sorted(seed for seed, *_ in models), share=share))
-            print(f"trained with N = {trained}, tested with {N}: of the answers to what lies k edges away")
-            for k, row in share.items():
-                said = [f"{i}: {x:.2f}" for i, x in enumerate(row[:-1]) if x >= 0.005]
-                print(f"  k = {k}: so many lie so far:  {'  '.join(said)}  elsewhere: {row[-1]:.2f}")
-    sleep.write(args.out.with_suffix(".json"), lambda path: path.write_text(json.dumps(found, indent=1)))
-    draw(found, args.out, first.name)
-    print(f"saved: {args.out.with_suffix('.json')}, {args.out}")
+    if args.draw:
+        redraw(args.draw, args.out or picture_of(args.draw))
+        return
+    out = args.out or Path("out/which_node.png")
+    if not args.checkpoint:
+        raise sleep.BadInput("name at least one checkpoint, or --draw and a file of numbers.")
+    if args.N and not 0 <= min(args.N) <= max(args.N) <= 1000:
+        raise sleep.BadInput(f"--N {' '.join(map(str, args.N))} must be from 0 to 1,000.")
+    check_output(out, ".png")
+    kinds = load_models(args.checkpoint)
+    runs = measure_all(kinds, args.N)
+    for run in runs:
+        print_run(run)
+    write_results(out.with_suffix(".json"), dict(runs=runs))
+    draw(runs, out)
+    print(f"saved: {out.with_suffix('.json')}, {out}")
 
 
 if __name__ == "__main__":

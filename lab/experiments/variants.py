@@ -1,0 +1,279 @@
+"""Variants of the model and of its training: Algorithm 1 with one thing changed.
+
+Each has a flag of `python -m lab.experiments` (FLAGS below). make_model and draw_N are what sleep.train
+asks for.
+"""
+import math
+import random
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
+
+import sleep
+
+DEFAULTS = dict(carry="hS", think=1, detach=0, recall=False, guess=False, every_pass=False,
+                parallel=False, loop=[], any_N=False, grow_N=0.0)
+FLAGS = dict(
+    carry="what a pass of a sleep hands to the next: hS, h or S; without S the last pass writes it",
+    think="passes over an answer window",
+    detach="gradients pass through the last so many passes of a sleep only; 0: through all. With "
+           "--every_pass they pass through so many before each loss",
+    recall="before every pass but the first, h <- rms_norm(h) + embeddings",
+    guess="before every pass but the first, h <- h + the embedding of what it would answer",
+    every_pass="train on the answers after every pass n of the last sleep, with weight n",
+    parallel="attention and fast weights in every block, in parallel (layout a, aa, ...)",
+    loop="first and stop of the blocks that are looped; if not given, all (Section 6.3)",
+    any_N="draw N anew for every training step, from 1 to --N",
+    grow_N="let N grow from 1 to --N over this first share of the steps")
+OF_SLEEP = ("carry", "think", "detach", "recall", "guess", "every_pass")     # flags of ChangedSleep
+
+
+def check(args):
+    """BadInput if the flags of this file do not go together. args has a field for every flag."""
+    changes_sleep = any(getattr(args, flag) != DEFAULTS[flag] for flag in OF_SLEEP)
+    if args.carry not in ("hS", "h", "S"):
+        raise sleep.BadInput(f"--carry {args.carry} must be hS, h or S.")
+    if args.think < 1:
+        raise sleep.BadInput(f"--think {args.think} must be at least 1.")
+    if args.think > 1000:
+        raise sleep.BadInput(f"--think {args.think} must be at most 1,000.")
+    if args.detach < 0:
+        raise sleep.BadInput(f"--detach {args.detach} must not be negative.")
+    if args.detach and args.detach >= min(args.N):
+        raise sleep.BadInput(f"--detach {args.detach} must be fewer passes than --N {min(args.N)}: it "
+                             "would change nothing.")
+    if args.carry == "S" and (args.recall or args.guess):
+        raise sleep.BadInput("--carry S hands on no h: leave out --recall and --guess.")
+    if changes_sleep and (args.eviction != "hard" or args.loop):
+        names = " ".join(f"--{flag}" for flag in OF_SLEEP if getattr(args, flag) != DEFAULTS[flag])
+        raise sleep.BadInput(f"{names}: these take hard eviction, and no --loop.")
+    if args.loop:
+        check_loop(args.loop, len(args.layout))
+    if args.parallel:
+        if set(args.layout) != {"a"} or "a" not in args.conv:
+            raise sleep.BadInput(f"--parallel --layout {args.layout} --conv {args.conv}: every block has "
+                                 "both mixers, so take a layout of a only, and the convolution before a.")
+        if changes_sleep or args.loop or args.warmup:
+            raise sleep.BadInput("--parallel takes no --warmup, and no other change of the model.")
+    if not 0 <= args.grow_N <= 1:
+        raise sleep.BadInput(f"--grow_N {args.grow_N} must be a share of the steps, from 0 to 1.")
+    if args.grow_N and args.any_N:
+        raise sleep.BadInput("--grow_N and --any_N do not go together.")
+
+
+def check_loop(loop, n_blocks):
+    if len(loop) != 2 or not 0 <= loop[0] < loop[1] <= n_blocks:
+        raise sleep.BadInput(f"--loop {' '.join(map(str, loop))} must be two numbers, first and stop, with "
+                             f"0 <= first < stop <= {n_blocks}.")
+
+
+def make_model(cfg, settings):
+    """The model that the settings, a dict of flags, ask for."""
+    if settings["parallel"]:
+        return ParallelLM(cfg)
+    if settings["loop"]:
+        return SpanLM(cfg, *settings["loop"])
+    change = {flag: settings[flag] for flag in OF_SLEEP if settings[flag] != DEFAULTS[flag]}
+    if change:
+        return ChangedSleep(cfg, **change)
+    return sleep.SleepLM(cfg)
+
+
+def draw_N(step, settings):
+    """The passes of a sleep in a training step."""
+    N = settings["N"]
+    if settings["any_N"]:
+        return random.Random(f"N {settings['seed']} {step}").randint(1, N)
+    growing = settings["grow_N"] * settings["steps"]
+    if step < growing:                     # arXiv 2511.07384: slowly at first
+        return max(1, math.ceil(N * (1 - math.sqrt(1 - step / growing))))
+    return N
+
+
+# ------------------------------------------------------------------------------------------------
+# What a pass hands to the next, and where gradients pass
+
+class ChangedSleep(sleep.SleepLM):
+    """A SleepLM with other passes; hard eviction. The arguments are described in FLAGS."""
+
+    def __init__(self, cfg, carry="hS", think=1, detach=0, recall=False, guess=False,
+                 every_pass=False):
+        super().__init__(cfg)
+        self.carry = carry
+        self.think = think
+        self.detach = detach
+        self.recall = recall
+        self.guess = guess
+        self.every_pass = every_pass
+
+    def sleep(self, h, memory, N=None):
+        return self.after_each_pass(h, memory, N)[-1]
+
+    def after_each_pass(self, h, memory, N=None):
+        """N + 1 memories: what is left if the window is evicted after 0, 1, ..., N passes over it."""
+        N = self.cfg.N if N is None else sleep.whole_number("N", N, 0)
+        self.check(h, memory, asleep=True)
+        embedded = h
+        S = memory.S
+        memories = [self.evict(memory)]
+        for n in range(N):
+            if n in self.cuts(N):
+                h = self.cut(h, embedded)
+                S = [self.cut(*pair) for pair in zip(S, memory.S)]
+            if self.recall and n > 0:
+                h = F.rms_norm(h, h.shape[-1:]) + embedded
+            if self.guess and n > 0:
+                answers = self.head(self.norm(h)).softmax(-1)  # (B, T, vocab)
+                h = h + answers @ self.embed.weight
+            refined, written, _ = self.one_pass(h, S, memory.cache)
+            if "h" in self.carry:
+                h = refined
+            if "S" in self.carry:
+                S = written
+            memories.append(self.evict(sleep.Memory(written, memory.cache, 0)))
+        return memories
+
+    def cuts(self, N):
+        """The passes, from 0, before which the gradient is cut."""
+        if not self.detach:
+            return []
+        if self.every_pass:                # segments of --detach passes, counted from the end
+            return [n for n in range(1, N) if (N - n) % self.detach == 0]
+        return [N - self.detach]
+
+    def cut(self, now, before):
+        """The value of `now`, without its gradient. None stays None.
+
+        It gets the gradient of `before`, what the first pass began with: the passes between are
+        skipped. With --every_pass, as in the literature, it gets none.
+        """
+        if now is None:
+            return None
+        if self.every_pass:
+            return now.detach()
+        return now.detach() + before - before.detach()
+
+    def wake(self, h, memory):
+        self.check(h, memory)
+        n_awake = memory.n_awake + h.shape[1]
+        for _ in range(self.think):        # from the S before the window: a later S saw its tokens
+            h, S, cache = self.one_pass(h, memory.S, memory.cache)
+        return self.head(self.norm(h)), sleep.Memory(S, cache, n_awake)
+
+    def algorithm_1(self, tokens, targets, asleep, N=None):
+        if self.every_pass and torch.is_grad_enabled():
+            return self.loss_after_every_pass(tokens, targets, asleep, N)
+        return super().algorithm_1(tokens, targets, asleep, N)
+
+    def loss_after_every_pass(self, tokens, targets, asleep, N=None):
+        """As Algorithm 1, with N memories: the n-th is evicted after n passes of the last sleep."""
+        N = self.cfg.N if N is None else N
+        M = targets.shape[1]
+        memories = [self.empty_memory(len(tokens))] * N
+        logits = []                                            # (N, B, T, vocab) of each window
+        for window, window_sleeps in zip(tokens.split(self.cfg.L, 1), asleep):
+            h = self.embed(window)
+            if window_sleeps:
+                memories = self.after_each_pass(h, memories[-1], N)[1:]
+                logits.append(h.new_zeros(()).expand(N, *window.shape, self.cfg.vocab_size))
+            else:
+                awake = [self.wake(h, memory) for memory in memories]
+                logits.append(torch.stack([window_logits for window_logits, _ in awake]))
+                memories = [self.evict(memory) for _, memory in awake]
+        logits = torch.cat(logits, 2)[:, :, -M:]               # (N, B, M, vocab)
+        nothing = -1
+        targets = targets.long().clamp(min=nothing).flatten()
+        loss = 0.0
+        for n, logits_n in enumerate(logits, 1):
+            loss_n = F.cross_entropy(logits_n.flatten(0, 1), targets, ignore_index=nothing)
+            loss = loss + n * loss_n
+        weights = N * (N + 1) / 2                              # 1 + 2 + ... + N
+        return logits[-1], loss / weights
+
+    def stream(self, tokens, state=None):
+        raise ValueError("a changed model does not stream: its sleep begins with a whole window.")
+
+
+# ------------------------------------------------------------------------------------------------
+# Which blocks are looped
+
+class SpanLM(sleep.SleepLM):
+    """Loops blocks first to stop - 1 only (Section 6.3).
+
+    The blocks before them run in the first pass of a sleep, those after them in the last.
+    """
+
+    def __init__(self, cfg, first, stop):
+        super().__init__(cfg)
+        check_loop([first, stop], len(self.blocks))
+        self.first = first
+        self.stop = stop
+
+    def sleep(self, h, memory, N=None):
+        N = self.cfg.N if N is None else sleep.whole_number("N", N, 0)
+        self.check(h, memory, asleep=True)
+        S = memory.S
+        cache = list(memory.cache)
+        for n in range(N):
+            first = 0 if n == 0 else self.first
+            stop = len(self.blocks) if n == N - 1 else self.stop
+            h, S, new_cache = self.pass_of(first, stop, h, S, memory.cache)
+            cache[first:stop] = new_cache[first:stop]          # a block's last cache
+        return self.evict(sleep.Memory(S, cache, 0))
+
+    def pass_of(self, first, stop, h, S, cache):
+        """SleepLM.one_pass through blocks first to stop - 1."""
+        if self.recompute and torch.is_grad_enabled():
+            return recompute_in_backward(self.span_once, first, stop, h, S, cache,
+                                         use_reentrant=False, preserve_rng_state=False)
+        return self.span_once(first, stop, h, S, cache)
+
+    def span_once(self, first, stop, h, S, cache):
+        S = list(S)
+        cache = list(cache)
+        with torch.autocast(h.device.type, torch.bfloat16, self.cfg.bf16, cache_enabled=False):
+            for i in range(first, stop):
+                h, S[i], cache[i] = self.blocks[i](h, S[i], cache[i])
+        return h, S, cache
+
+
+# ------------------------------------------------------------------------------------------------
+# Both mixers in a block
+
+class ParallelBlock(sleep.Block):
+    """Attention and fast weights read the same tokens; their outputs are normed and averaged (Hymba)."""
+
+    def __init__(self, cfg):
+        super().__init__("a", cfg)
+        self.fast = sleep.UPDATE_RULES[cfg.update_rule](cfg)
+        self.norm_a = nn.RMSNorm(cfg.d_model)
+        self.norm_s = nn.RMSNorm(cfg.d_model)
+
+    def forward(self, h, S, cache):
+        tail, keys, values = cache
+        x = self.norm1(h)
+        x, tail = self.conv(x, tail)
+        a, keys, values = self.mixer(x, keys, values)
+        s, S = self.fast(x, S)
+        h = h + (self.norm_a(a) + self.norm_s(s)) / 2
+        h = h + self.down(F.relu(self.up(self.norm2(h))).square())
+        return h, S, sleep.Cache(tail, keys, values)
+
+
+class ParallelLM(sleep.SleepLM):
+    """Every block is a ParallelBlock."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.blocks = nn.ModuleList(ParallelBlock(cfg) for _ in cfg.layout)
+        self.initialize()
+
+    def empty_memory(self, B):
+        memory = super().empty_memory(B)
+        H = self.cfg.n_head
+        K = self.cfg.d_model // H
+        S_type = torch.promote_types(self.embed.weight.dtype, torch.float32)
+        S = [self.embed.weight.new_zeros(B, H, K, K, dtype=S_type) for _ in self.blocks]
+        return memory._replace(S=S)
