@@ -39,8 +39,10 @@ class Frame(NamedTuple):
 
 def load(path):
     """The model and the task of a checkpoint of train_khop.py; BadInput if it is none."""
-    saved = sleep.read_checkpoint(Path(path))
+    if not Path(path).is_file():
+        raise sleep.BadInput(f"there is no checkpoint {path}.")
     try:
+        saved = sleep.read_checkpoint(Path(path))
         if saved["run"]["task"] != "khop":
             raise ValueError
         settings = sleep.DEFAULTS | saved["run"]["settings"] | dict(device="cpu", batch_size=1)
@@ -48,7 +50,7 @@ def load(path):
         values = {flag: settings[flag] for flag in sleep.MODEL_FLAGS}
         model = sleep.SleepLM(sleep.Config(task.vocab_size, task.T, **values))
         model.load_state_dict(saved["model"])
-    except Exception as e:                 # a dict of other keys, a model of other shapes
+    except Exception as e:                 # another file, a dict of other keys, a model of other shapes
         raise sleep.BadInput(f"{path} is no checkpoint of train_khop.py ({type(e).__name__}): train "
                              "one with `python train_khop.py --N 3`.") from None
     if task.feed or model.cfg.eviction != "hard":

@@ -34,9 +34,9 @@ def figure(rows=1, columns=1, size=(8, 4), **options):
     return fig, axes
 
 
-def save_figure(fig, path):
+def save_figure(fig, path, dpi=120):
     """Write a figure as png, whole or not at all."""
-    sleep.write(Path(path), lambda temporary: fig.savefig(temporary, format="png", dpi=120))
+    sleep.write(Path(path), lambda temporary: fig.savefig(temporary, format="png", dpi=dpi))
 
 
 def legend(fig, ax, words):

@@ -1,160 +1,237 @@
 """When to wake: does a sleep show that it is finished?
 
-    python -m lab.wake out/a/N4-seed0.pt               -> N4-seed0-wake.json, N4-seed0-wake.png
-    python -m lab.wake out/a/N3-seed0.pt --N 8         any checkpoint of k hops or roots, hard eviction
+    python -m lab.experiments.when_to_wake out/a/N4-seed0.pt        -> N4-seed0-wake.json, N4-seed0-wake.png
+    python -m lab.experiments.when_to_wake out/a/N3-seed0.pt --N 8  any checkpoint of k hops or trees
+    python -m lab.experiments.when_to_wake --draw lab/results/trees-wake.json           draw it again
 
 Sleeps over every window of the test for up to --N passes. After each pass: how far h and S have moved
-(|now - before| / |now|, a window at a time), and what is answered if the model is woken there. Then a
-sleep that stops by itself, as soon as a pass moves h (or S) by less than a threshold: its passes and its
-accuracy, beside those of a sleep of N passes for every window.
+(|now - before| / |now|, a window at a time), and what is answered if it is asked after so many passes.
+Then a sleep that stops by itself, as soon as a pass moves h (or S) by less than a threshold: its passes
+and its accuracy, beside those of a sleep of N passes for every window.
 """
-import json
 from argparse import Namespace
 from pathlib import Path
 
 import torch
 
 import sleep
-from lab import demo, experiments
-from lab.plot import METRICS, TASKS, figure, legend, parser, save_figure
+from lab.common import (METRIC_WORDS, TASK_WORDS, check_output, parser, picture_of, program,
+                        read_results, write_results)
+from lab.course import demo
+from lab.experiments import variants
+from lab.experiments.plots import figure, legend, save_figure
+from lab.experiments.registry import load_task
 
 THRESHOLDS = [0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05]
 
 
 def load(path):
     """The model and the task of a checkpoint; BadInput if it is none with one window asleep."""
+    if not Path(path).is_file():
+        raise sleep.BadInput(f"there is no checkpoint {path}.")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        s = sleep.DEFAULTS | experiments.OWN | saved["run"]["settings"]
-        s |= dict(device="cpu", batch_size=1, N=[saved["run"]["N"]])
-        *_, Task = experiments.load_task(saved["run"]["task"])
-        task = Task(Namespace(**s), s["seed"])
-        s |= dict(N=saved["run"]["N"])
-        cfg = sleep.Config(task.vocab_size, task.T, **{k: s[k] for k in sleep.MODEL_FLAGS})
-        model = getattr(task, "model", sleep.SleepLM)(cfg)
+        saved = sleep.read_checkpoint(Path(path))
+        run = saved["run"]
+        if run["task"] not in ("khop", "trees"):
+            raise ValueError
+        settings = sleep.DEFAULTS | variants.DEFAULTS | run["settings"]
+        settings |= dict(device="cpu", batch_size=1, N=run["N"])
+        *_, Task = load_task(run["task"])
+        task = Task(Namespace(**settings | dict(N=[run["N"]])), settings["seed"])
+        values = {flag: settings[flag] for flag in sleep.MODEL_FLAGS}
+        model = variants.make_model(sleep.Config(task.vocab_size, task.T, **values), settings)
         model.load_state_dict(saved["model"])
-    except Exception as e:                 # torch.load raises many kinds
-        raise sleep.BadInput(f"{path} is no checkpoint of k hops or roots ({type(e).__name__}): train one with "
-                             "`python -m lab.forest`.") from None
-    one_window = task.T - task.test[1].shape[1] == cfg.L
-    if task.name not in ("khop", "forest") or cfg.eviction != "hard" or not one_window:
-        raise sleep.BadInput(f"{path}: only models of k hops or roots are watched, with hard eviction and all "
-                             "edges in one window.")
+    except Exception as e:                 # another file, a dict of other keys, a model of other shapes
+        raise sleep.BadInput(f"{path} is no checkpoint of k hops or trees ({type(e).__name__}): train one "
+                             "with `python -m lab.experiments.trees`.") from None
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise sleep.BadInput(f"{path}: a weight of this model is not finite.")
+    one_window = task.T - task.test[1].shape[1] == model.cfg.L
+    if model.cfg.eviction != "hard" or not one_window:
+        raise sleep.BadInput(f"{path}: only models with hard eviction and all edges in one window are "
+                             "watched.")
     return model, task
 
+
+# ------------------------------------------------------------------------------------------------
+# Measuring
 
 @torch.no_grad()
 def watch(model, tokens, targets, N):
     """-> moves of h and of S (N, B), and which questions would be answered rightly (N, B, M)."""
-    window, asked = tokens.split([model.cfg.L, tokens.shape[1] - model.cfg.L], 1)
-    h, empty = model.embed(window), model.empty_memory(len(tokens))
+    L = model.cfg.L
+    h = model.embed(tokens[:, :L])
+    questions = model.embed(tokens[:, L:])
+    empty = model.empty_memory(len(tokens))
     seen, _ = demo.passes(model, h, empty, N)
-    answers = [model.wake(model.embed(asked), sleep.Memory(S, empty.cache, 0))[0] for _, S in seen]
-    seen = [(h, torch.cat([x.flatten(1) for x in S if x is not None], 1)) for h, S in seen]
-    length = lambda x: x.flatten(1).norm(dim=1)
-    path = [(h, torch.zeros_like(seen[0][1])), *seen]          # with what was there before
-    moved = [torch.stack([length(now[i] - before[i]) / length(now[i]) for before, now in zip(path, seen)])
-             for i in (0, 1)]
-    return *moved, torch.stack([(logits.argmax(-1) == targets) for logits in answers])
+    h_before = h
+    S_before = flat(empty.S)
+    h_moved = []
+    S_moved = []
+    right = []
+    for h_now, S_now in seen:
+        logits, _ = model.wake(questions, sleep.Memory(S_now, empty.cache, 0))
+        right.append(logits.argmax(-1) == targets)
+        S_now = flat(S_now)
+        h_moved.append(norm(h_now - h_before) / norm(h_now))
+        S_moved.append(norm(S_now - S_before) / norm(S_now))
+        h_before = h_now
+        S_before = S_now
+    return torch.stack(h_moved), torch.stack(S_moved), torch.stack(right)
+
+
+def flat(S):
+    """The fast weights of all blocks, (B, numbers)."""
+    return torch.cat([x.flatten(1) for x in S if x is not None], 1)
+
+
+def norm(x):
+    """The length of each sequence's numbers, (B,)."""
+    return x.flatten(1).norm(dim=1)
 
 
 def stopped(moved, threshold):
-    """moved (N, B) -> the pass (from 0) at which each window is woken: the first from the second on that
-    moves by less than the threshold, or the last."""
+    """moved (N, B) -> the pass (from 0) after which each window is asked: the first from the second on
+    that moves by less than the threshold, or the last."""
     small = moved < threshold
-    small[0], small[-1] = False, True
+    small[0] = False
+    small[-1] = True
     return small.int().argmax(0)
 
 
 def in_order(tokens, depths, first):
-    """The same forests with their edges sorted by depth: those of "parents", or of "children", first."""
+    """The same trees with their edges sorted by depth: those of "parents", or of "children", first."""
     n = depths.shape[1]
-    edges, asked = tokens[:, :2 * n].unflatten(1, (n, 2)), tokens[:, 2 * n:]
-    deep = torch.zeros_like(depths).scatter(1, asked, depths).gather(1, edges[..., 0])         # of each edge
-    order = deep.argsort(1, descending=first == "children")
-    return torch.cat([edges.gather(1, order[..., None].expand_as(edges)).flatten(1), asked], 1)
+    edges = tokens[:, :2 * n].unflatten(1, (n, 2))             # (B, n, 2): node, parent
+    asked = tokens[:, 2 * n:]
+    depth_of_node = torch.zeros_like(depths).scatter(1, asked, depths)
+    depth_of_edge = depth_of_node.gather(1, edges[..., 0])
+    order = depth_of_edge.argsort(1, descending=first == "children")
+    edges = edges.gather(1, order[..., None].expand_as(edges)).flatten(1)
+    return torch.cat([edges, asked], 1)
 
 
 def measure(model, task, N, first=None):
     """All numbers of the picture: by kind of window, by pass, and by threshold."""
     tokens, targets, *facts = task.test
-    tokens = in_order(tokens, facts[0], first) if first else tokens
-    h, S, right = watch(model, tokens, targets, N)
-    asked = targets >= 0
-    share = lambda x, rows=slice(None): (x & asked)[rows].sum().item() / asked[rows].sum().item()
-    kinds = {"all windows": torch.ones(len(tokens), dtype=torch.bool)}
-    if facts:                              # roots: the depth of a window is that of its deepest node
-        deepest = facts[0].amax(1)
+    if first:
+        tokens = in_order(tokens, facts[0], first)
+    h_moved, S_moved, right = watch(model, tokens, targets, N)
+    asked = targets >= 0                                       # (B, M)
+    all_windows = torch.ones(len(tokens), dtype=torch.bool)
+    kinds = {"all windows": all_windows}
+    by_depth = {}
+    if facts:                              # trees: the depth of a window is that of its deepest node
+        depths = facts[0]
+        deepest = depths.amax(1)
         kinds = {f"depth {d}": deepest == d for d in deepest.unique().tolist()}
-    by_kind = {kind: dict(h=[x[rows].mean().item() for x in h], S=[x[rows].mean().item() for x in S],
-                          accuracy=[share(x, rows) for x in right]) for kind, rows in kinds.items()}
-    by_depth = {str(d): [x[facts[0] == d].float().mean().item() for x in right]
-                for d in facts[0].unique().tolist()} if facts else {}
+        for d in depths.unique().tolist():
+            by_depth[str(d)] = [right_n[depths == d].float().mean().item() for right_n in right]
 
-    def alone(moved, threshold):
-        woken = stopped(moved, threshold)
-        return dict(threshold=threshold, passes=(woken + 1.0).mean().item(),
-                    accuracy=share(right[woken, torch.arange(len(tokens))]),
-                    by_kind={kind: (woken[rows] + 1.0).mean().item() for kind, rows in kinds.items()})
-    stops = {name: [alone(moved, x) for x in THRESHOLDS] for name, moved in (("h", h), ("S", S))}
-    return dict(N=model.cfg.N, passes=N, by_kind=by_kind, by_depth=by_depth,
-                fixed=[share(x) for x in right], stops=stops)
+    def accuracy(right_n, windows):
+        return (right_n & asked)[windows].sum().item() / asked[windows].sum().item()
+
+    by_kind = {}
+    for kind, windows in kinds.items():
+        by_kind[kind] = dict(h=[moved[windows].mean().item() for moved in h_moved],
+                             S=[moved[windows].mean().item() for moved in S_moved],
+                             accuracy=[accuracy(right_n, windows) for right_n in right])
+    stops = {"h": [], "S": []}
+    for name, moved in (("h", h_moved), ("S", S_moved)):
+        for threshold in THRESHOLDS:
+            last_pass = stopped(moved, threshold)              # (B,), from 0
+            n_passes = last_pass + 1.0
+            right_then = right[last_pass, torch.arange(len(tokens))]
+            stops[name].append(dict(
+                threshold=threshold, passes=n_passes.mean().item(),
+                accuracy=accuracy(right_then, all_windows),
+                by_kind={kind: n_passes[windows].mean().item() for kind, windows in kinds.items()}))
+    settings = vars(getattr(task, "args", Namespace()))
+    changed = {flag: settings[flag] for flag, value in variants.DEFAULTS.items()
+               if settings.get(flag, value) != value}
+    return dict(task=task.name, changed=changed, N=model.cfg.N, passes=N, by_kind=by_kind,
+                by_depth=by_depth, fixed=[accuracy(right_n, all_windows) for right_n in right],
+                stops=stops)
 
 
-def draw(found, path, task):
+# ------------------------------------------------------------------------------------------------
+# Picture and program
+
+def draw(found, path):
     """Three panels: how far a pass moves, what is answered after it, and sleeps that stop by themselves."""
     fig, axes = figure(1, 3, (14, 4.8))
+    moves, answers, stops = axes[0]
     passes = range(1, found["passes"] + 1)
-    for i, (kind, x) in enumerate(found["by_kind"].items()):
-        axes[0, 0].plot(passes, x["h"], f"C{i}-", label=kind)
-        axes[0, 0].plot(passes, x["S"], f"C{i}:")
-        axes[0, 1].plot(passes, x["accuracy"], f"C{i}-")
-    axes[0, 0].set(yscale="log", title="A pass moves h (lines), S (dots)", ylabel="|now - before| / |now|")
-    axes[0, 1].set(ylim=(0, 1.03), title="Woken after a pass", ylabel=METRICS["accuracy"])
-    axes[0, 2].plot(passes, [1 - x for x in found["fixed"]], "k.-", label="so many passes for every window")
-    for style, (name, stops) in zip(("o", "^"), found["stops"].items()):
-        axes[0, 2].plot([x["passes"] for x in stops], [1 - x["accuracy"] for x in stops], f"{style}--",
-                        label=f"until a pass moves {name} by less than {THRESHOLDS[0]} to {THRESHOLDS[-1]}")
-    axes[0, 2].set(yscale="log", title="A sleep that stops by itself", xlabel="passes of a sleep, mean",
-                   ylabel="share of answers wrong")
-    axes[0, 2].legend(fontsize=8)
-    for ax in axes[0, :2]:
+    for i, (kind, numbers) in enumerate(found["by_kind"].items()):
+        moves.plot(passes, numbers["h"], f"C{i}-", label=kind)
+        moves.plot(passes, numbers["S"], f"C{i}:")
+        answers.plot(passes, numbers["accuracy"], f"C{i}-")
+    moves.set(yscale="log", title="A pass moves h (lines), S (dots)", ylabel="|now - before| / |now|")
+    answers.set(ylim=(0, 1.03), title="Asked after a pass", ylabel=METRIC_WORDS["accuracy"])
+    for ax in (moves, answers):
         ax.axvline(found["N"], color="k", ls="--", lw=1)
         ax.set_xlabel("pass")
-    args = vars(getattr(task, "args", Namespace()))
-    changed = "".join(f", --{flag}" for flag, value in experiments.OWN.items() if args.get(flag, value) != value)
-    fig.suptitle(f"When to wake? {TASKS[task.name][0]}, trained with N = {found['N']} (dashed){changed}",
-                 fontsize=10)
-    legend(fig, axes[0, 0], "windows, by their deepest node" if task.name == "forest" else "")
+    stops.plot(passes, [1 - accuracy for accuracy in found["fixed"]], "k.-",
+               label="so many passes for every window")
+    for mark, (name, rows) in zip("o^", found["stops"].items()):
+        stops.plot([row["passes"] for row in rows], [1 - row["accuracy"] for row in rows], f"{mark}--",
+                   label=f"until a pass moves {name} by less than {rows[0]['threshold']} to "
+                         f"{rows[-1]['threshold']}")
+    stops.set(yscale="log", title="A sleep that stops by itself", xlabel="passes of a sleep, mean",
+              ylabel="share of answers wrong")
+    stops.legend(fontsize=8)
+    changed = "".join(f", --{flag}" for flag in found["changed"])
+    fig.suptitle(f"When to wake? {TASK_WORDS[found['task']][0]}, trained with N = {found['N']} (dashed)"
+                 f"{changed}", fontsize=10)
+    legend(fig, moves, "windows, by their deepest node" if found["task"] == "trees" else "")
     save_figure(fig, path)
 
 
-def main(argv=None):
+def redraw(file, out):
+    check_output(out, ".png")
+    found = read_results(file)
+    if {"task", "changed", "N", "passes", "by_kind", "fixed", "stops"} - set(found):
+        raise sleep.BadInput(f"{file} holds no numbers of lab.experiments.when_to_wake.")
+    draw(found, out)
+    print(f"saved: {out}")
+
+
+def print_numbers(found):
+    for n in range(found["passes"]):
+        texts = [f"{kind} h {numbers['h'][n]:.3f} S {numbers['S'][n]:.3f}"
+                 for kind, numbers in found["by_kind"].items()]
+        print(f"pass {n + 1:2}: accuracy {found['fixed'][n]:.3f}; {'; '.join(texts)}")
+    for name, rows in found["stops"].items():
+        for row in rows:
+            print(f"until {name} moves by less than {row['threshold']:.2f}: {row['passes']:5.2f} passes, "
+                  f"accuracy {row['accuracy']:.3f}")
+
+
+@program
+def main(argv):
     p = parser(__doc__)
-    p.add_argument("checkpoint", type=Path)
+    p.add_argument("checkpoint", type=Path, nargs="?")
     p.add_argument("--N", type=int, default=16, help="most passes (default: 16)")
-    p.add_argument("--first", choices=["parents", "children"], help="of roots: sort the edges of the test")
+    p.add_argument("--first", choices=["parents", "children"], help="of trees: sort the edges of the test")
     p.add_argument("--out", type=Path, help="the picture; default: N4-seed0-wake.png beside N4-seed0.pt")
+    p.add_argument("--draw", type=Path, metavar="FILE", help="draw a file of numbers; nothing is measured")
     args = p.parse_args(argv)
+    if args.draw:
+        redraw(args.draw, args.out or picture_of(args.draw))
+        return
+    if args.checkpoint is None:
+        raise sleep.BadInput("name a checkpoint, or --draw and a file of numbers.")
+    if not 2 <= args.N <= 1000:
+        raise sleep.BadInput(f"--N {args.N} must be from 2 to 1,000.")
     out = args.out or args.checkpoint.with_name(f"{args.checkpoint.stem}-wake.png")
-    try:
-        if args.N < 2 or out.suffix != ".png":
-            raise sleep.BadInput(f"--N {args.N} --out {out}: take 2 passes or more, and a name that ends in .png.")
-        model, task = load(args.checkpoint)
-        if args.first and task.name != "forest":
-            raise sleep.BadInput("--first is for roots only: edges of a cycle have no parents.")
-    except sleep.BadInput as e:
-        p.error(e)
+    model, task = load(args.checkpoint)
+    check_output(out, ".png")
+    if args.first and task.name != "trees":
+        raise sleep.BadInput("--first is for trees only: edges of a cycle have no parents.")
     found = measure(model, task, args.N, args.first)
-    for n in range(args.N):
-        print(f"pass {n + 1:2}: accuracy {found['fixed'][n]:.3f}; " + "; ".join(
-            f"{kind} h {x['h'][n]:.3f} S {x['S'][n]:.3f}" for kind, x in found["by_kind"].items()))
-    for name, stops in found["stops"].items():
-        for x in stops:
-            print(f"until {name} moves by less than {x['threshold']:.2f}: {x['passes']:5.2f} passes, "
-                  f"accuracy {x['accuracy']:.3f}")
-    sleep.write(out.with_suffix(".json"), lambda path: path.write_text(json.dumps(found, indent=1)))
-    draw(found, out, task)
+    print_numbers(found)
+    write_results(out.with_suffix(".json"), found)
+    draw(found, out)
     print(f"saved: {out.with_suffix('.json')}, {out}")
 
 

@@ -1,17 +1,37 @@
-"""Draw lab/mechanism.png: a model sleeps over two windows, keeps only S, and answers in one pass.
-Run `python -m lab.mechanism`; one unit of the drawing is a tenth of an inch."""
+"""Draw how the model works: it sleeps over two windows, keeps only S, and answers in one pass.
+
+    python -m lab.tools.draw_mechanism                -> lab/pictures/mechanism.png
+    python -m lab.tools.draw_mechanism --out my.png
+
+One unit of the drawing is a tenth of an inch.
+"""
 from pathlib import Path
 
+from lab.common import PICTURES, check_output, parser, program
+from lab.experiments import plots              # first: it chooses matplotlib's backend
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.path import Path as Line
 
-INK, FADED, ASLEEP, AWAKE = "#222222", "#b4b4b4", "#e6ebf2", "#fff3c4"
-H, S = "#0072b2", "#d55e00"           # blue and orange that stay apart for colour-blind eyes
-WIDTH, GAP, LEFT = 22, 9.5, 12        # a column, the room between two, where the first begins
-STEP, CELL, BAR, RISE = WIDTH / 6, 3.2, 4.4, 3.6   # a token's width; heights: token, bar, arrow
-TOKENS_AT, PASS_AT, EVICTED_AT = 6.4, (13.2, 21.2, 29.2), 37.2     # lower edges of the rows
-H_AT, S_AT = WIDTH / 2, WIDTH - 4.5   # where h and S rise, from the left edge of a column
+INK = "#222222"
+FADED = "#b4b4b4"
+ASLEEP = "#e6ebf2"
+AWAKE = "#fff3c4"
+H = "#0072b2"                              # blue and orange that stay apart for colour-blind eyes
+S = "#d55e00"
+
+WIDTH = 22                                 # of a column
+GAP = 9.5                                  # between two columns
+LEFT = 12                                  # where the first one begins
+STEP = WIDTH / 6                           # width of a token
+CELL = 3.2                                 # height of a token
+BAR = 4.4                                  # height of a pass
+RISE = 3.6                                 # length of an arrow upwards
+TOKENS_AT = 6.4                            # lower edges of the rows
+PASS_AT = (13.2, 21.2, 29.2)
+EVICTED_AT = 37.2
+H_AT = WIDTH / 2                           # where h and S rise, from the left edge of a column
+S_AT = WIDTH - 4.5
 
 
 def text(ax, x, y, words, color=INK, size=13, **style):
@@ -34,7 +54,10 @@ def rise(ax, x, y, name, color):
 
 def carry(ax, x):
     """S leaves the last pass of a column and enters the first of the next, round two corners."""
-    high, low, middle, r = PASS_AT[-1] + BAR / 2, PASS_AT[0] + BAR / 2, x + WIDTH + GAP / 2, 1
+    high = PASS_AT[-1] + BAR / 2
+    low = PASS_AT[0] + BAR / 2
+    middle = x + WIDTH + GAP / 2
+    r = 1                                  # radius of a corner
     corner = [Line.LINETO, Line.CURVE3, Line.CURVE3]
     arrow(ax, S, [(x + WIDTH, high), (middle - r, high), (middle, high), (middle, high - r),
                   (middle, low + r), (middle, low), (middle + r, low), (x + WIDTH + GAP, low)],
@@ -69,21 +92,34 @@ def draw(path):
     fig = Figure(figsize=(10, 4.5), facecolor="white")
     ax = fig.add_axes([0, 0, 1, 1], xlim=(0, 100), ylim=(0, 45))
     ax.axis("off")
-    one, two, last = (LEFT + i * (WIDTH + GAP) for i in range(3))
+    first = LEFT
+    second = first + WIDTH + GAP
+    last = second + WIDTH + GAP
     symbol(ax, 4.8, PASS_AT[0] + BAR / 2, "S = 0", S)
     arrow(ax, S, [(8.4, PASS_AT[0] + BAR / 2), (LEFT, PASS_AT[0] + BAR / 2)])
-    for x, k, signs in (one, 1, "730416"), (two, 2, "915847"):
-        column(ax, x, f"window {k}: L tokens", "asleep, N = 3", ASLEEP, signs)
+    for x, number, signs in ((first, 1, "730416"), (second, 2, "915847")):
+        column(ax, x, f"window {number}: L tokens", "asleep, N = 3", ASLEEP, signs)
         cells(ax, x, EVICTED_AT, "✕" * 6, FADED, size=20)
         text(ax, x + WIDTH / 2, 42.7, r"evicted: cache and $\mathit{h}$")
         carry(ax, x)
     column(ax, last, "answer window", "awake: 2 steps after 0?", AWAKE, "20", ["one pass"])
     text(ax, last + WIDTH / 2, PASS_AT[1] + 1.6, "answer: 7", size=15, weight="bold")
-    for y, name, words, color in (40, "h", "features", H), (36, "S", "fast weights", S):
+    for y, name, words, color in ((40, "h", "features", H), (36, "S", "fast weights", S)):
         symbol(ax, last + 4, y, name, color)
         text(ax, last + 6, y, words, color, 14, ha="left")
-    fig.savefig(path, dpi=150)
+    plots.save_figure(fig, path, dpi=150)
+
+
+@program
+def main(argv):
+    p = parser(__doc__)
+    p.add_argument("--out", type=Path, default=PICTURES / "mechanism.png",
+                   help="default: lab/pictures/mechanism.png")
+    args = p.parse_args(argv)
+    check_output(args.out, ".png")
+    draw(args.out)
+    print(f"saved: {args.out}")
 
 
 if __name__ == "__main__":
-    draw(Path(__file__).with_name("mechanism.png"))
+    main()
