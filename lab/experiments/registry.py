@@ -45,7 +45,7 @@ DEEPER_N = (1, 2, 3, 4, 6, 8, 12, 16)
 
 EXPERIMENTS = {
     "main": Experiment(
-        "khop", "A pass of the sleep buys about a hop", ONE_TO_FOUR,
+        "khop", "With more passes of the sleep, more hops are answered", ONE_TO_FOUR,
         picture="as_trained", results="khop-staircase", drawn_as="khop-main"),
     "staircase": Experiment(
         "khop", "Does a pass buy a hop?", ONE_TO_FOUR,

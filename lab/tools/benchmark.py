@@ -1,17 +1,15 @@
 """How long does it take? The rule, a training step, Figure 6, and waking (Section 6.5).
 
-    python -m lab.benchmark                all parts, minutes to an hour
-    python -m lab.benchmark --quick        fewer cases, shorter: does it run?
+    python -m lab.tools.benchmark                all parts, minutes to an hour
+    python -m lab.tools.benchmark --quick        fewer cases, shorter: does it run?
 
 Times are medians with interquartile ranges, warm and synchronised. Each part is written when it is
 finished, to results.json in a new folder; then plot.png.
 """
 import argparse
 import gc
-import json
 import math
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -21,7 +19,8 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import sleep
-from lab.plot import figure, parser, save_figure
+from lab.common import parser, picture_of, program, read_results, write_results
+from lab.experiments.plots import figure, save_figure
 
 
 # ------------------------------------------------------------------------------------------------
@@ -29,12 +28,16 @@ from lab.plot import figure, parser, save_figure
 
 def timed(f, device, seconds):
     """Milliseconds of f(): median and interquartile range, warm and synchronised."""
-    # The timer itself waits for CUDA.
-    call = (lambda: (f(), torch.mps.synchronize())) if device == "mps" else f
+
+    def call():
+        f()
+        if device == "mps":                # of CUDA the timer itself waits
+            torch.mps.synchronize()
+
     timer = Timer("f()", globals=dict(f=call), num_threads=torch.get_num_threads())
     once = timer.timeit(2).median
-    m = timer.blocked_autorange(min_run_time=max(seconds, 5 * once))
-    return 1e3 * m.median, 1e3 * m.iqr
+    measured = timer.blocked_autorange(min_run_time=max(seconds, 5 * once))
+    return 1e3 * measured.median, 1e3 * measured.iqr
 
 
 def solve_flop(A_shape, B_shape, *_, **__):
@@ -45,14 +48,16 @@ def solve_flop(A_shape, B_shape, *_, **__):
 def count_flop(model, tokens, targets, N=None):
     """FLOP of a loss and its gradients: matrix products and triangular systems, both ways."""
     systems = {torch.ops.aten.linalg_solve_triangular: solve_flop}
-    with (FlopCounterMode(display=False, custom_mapping=systems) as count,
-          sdpa_kernel(SDPBackend.MATH)):   # it does not see inside the CPU's fused attention
-        model(tokens, targets, N)[1].backward()
-    return count.get_total_flops()
+    counter = FlopCounterMode(display=False, custom_mapping=systems)
+    with counter, sdpa_kernel(SDPBackend.MATH):                # it does not see inside fused attention
+        loss = model(tokens, targets, N)[1]
+        loss.backward()
+    return counter.get_total_flops()
 
 
-def ms(t):
-    return f"{t[0]:9.3f} ms (+-{t[1]:.3f})"
+def format_time(t):
+    median, spread = t
+    return f"{median:9.3f} ms (+-{spread:.3f})"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -67,11 +72,16 @@ def unit_lower_inverse(A):
     """
     C = A.shape[-1]
     i = torch.arange(C, device=A.device)
-    fixed, X, size = A.detach(), torch.eye(C, dtype=A.dtype, device=A.device), 1
+    fixed = A.detach()
+    X = torch.eye(C, dtype=A.dtype, device=A.device)
+    size = 1
     while size < C:
         block = i // size
         below = (block[:, None] == block + 1) & (block[:, None] % 2 == 1)      # (C, C)
-        X = X - (X @ (fixed * below) @ X if size > 1 else fixed * below)
+        if size == 1:                      # X is still the identity
+            X = X - fixed * below
+        else:
+            X = X - X @ (fixed * below) @ X
         size *= 2
     # The loop is outside autograd. This line subtracts X 0 X, which changes no number, but its
     # gradient is that of an inverse: dX = -X dA X.
@@ -83,67 +93,91 @@ def block_merge(q, k, v, log_alpha, beta, S, chunk=64):
     T = q.shape[2]
     n = math.ceil(T / chunk)
     C = math.ceil(T / n)
-    pad = n * C - T                        # padding: no decay (log_alpha 0), no write (beta 0)
-    q, k, v = (F.pad(x, (0, 0, 0, pad)).unflatten(2, (n, C)) for x in (q, k, v))
-    log_alpha, beta = (F.pad(x, (0, pad)).unflatten(2, (n, C)) for x in (log_alpha, beta))
-    c, beta = log_alpha.cumsum(-1), beta[..., None]        # (B, H, n, C), (B, H, n, C, 1)
+    padding = n * C - T                    # it decays nothing (log_alpha 0) and writes nothing (beta 0)
+    q, k, v = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (n, C)) for x in (q, k, v))
+    log_alpha, beta = (F.pad(x, (0, padding)).unflatten(2, (n, C)) for x in (log_alpha, beta))
+    beta = beta[..., None]                                     # (B, H, n, C, 1)
+    c = log_alpha.cumsum(-1)                                   # (B, H, n, C)
     future = torch.ones(C, C, dtype=torch.bool, device=q.device).triu(1)
     D = (c[..., :, None] - c[..., None, :]).masked_fill(future, -torch.inf).exp()
-    X = unit_lower_inverse((beta * (k @ k.mT) * D).tril(-1))                   # (B, H, n, C, C)
-    left, right = c.exp()[..., None], (c[..., -1:] - c).exp()[..., None]
-    outputs, parts = [], (left * q, right * k, X @ (beta * v), X @ (beta * left * k),
-                          (q @ k.mT) * D, left[..., -1:, :])
-    for q, k, Xv, Xk, scores, decay in zip(*(x.unbind(2) for x in parts)):
-        u = Xv - Xk @ S.mT                                                     # (B, H, C, V)
-        outputs.append(q @ S.mT + scores @ u)
-        S = decay * S + u.mT @ k
+    X = unit_lower_inverse((beta * (k @ k.mT) * D).tril(-1))   # (B, H, n, C, C)
+    decay = c.exp()[..., None]                                 # (B, H, n, C, 1)
+    decay_to_end = (c[..., -1:] - c).exp()[..., None]
+    queries = decay * q
+    keys = decay_to_end * k
+    written = X @ (beta * v)
+    erased = X @ (beta * decay * k)
+    scores = (q @ k.mT) * D
+    outputs = []
+    for i in range(n):
+        u = written[:, :, i] - erased[:, :, i] @ S.mT          # (B, H, C, V)
+        outputs.append(queries[:, :, i] @ S.mT + scores[:, :, i] @ u)
+        S = decay[:, :, i, -1:, :] * S + u.mT @ keys[:, :, i]
     return torch.cat(outputs, 2)[:, :, :T], S
 
 
-def contenders(device, compile):
+def forms_of_the_rule(device, compile):
     """{name: form of the rule}"""
     rules = {"recurrent": sleep.gated_delta_rule, "chunked": sleep.gated_delta_rule_chunked,
              "chunked, block merge": block_merge}
     if compile:
-        rules |= {f"{name}, compiled": torch.compile(rule, dynamic=False)
-                  for name, rule in rules.items() if "chunked" in name}
+        for name in ("chunked", "chunked, block merge"):
+            rules[f"{name}, compiled"] = torch.compile(rules[name], dynamic=False)
     if device == "cuda":
         try:
             from fla.ops.gated_delta_rule import chunk_gated_delta_rule        # (B, T, H, K)
-
-            def fla(q, k, v, log_alpha, beta, S):
-                q, k, v = (x.transpose(1, 2).bfloat16() for x in (q, k, v))
-                o, S = chunk_gated_delta_rule(q, k, v, log_alpha.mT, beta.mT, scale=1.0,
-                                              initial_state=S.mT, output_final_state=True)
-                return o.transpose(1, 2), S.mT
-            rules["fla's Triton kernel"] = fla
         except Exception as e:             # not installed, or not for this Triton
             print(f"  without fla-core's kernel ({type(e).__name__})")
+            return rules
+
+        def fla(q, k, v, log_alpha, beta, S):
+            q, k, v = (x.transpose(1, 2).bfloat16() for x in (q, k, v))
+            o, S = chunk_gated_delta_rule(q, k, v, log_alpha.mT, beta.mT, scale=1.0,
+                                          initial_state=S.mT, output_final_state=True)
+            return o.transpose(1, 2), S.mT
+
+        rules["fla's Triton kernel"] = fla
     return rules
+
+
+def inputs_of_the_rule(B, H, T, K, device):
+    """q, k, v, log_alpha, beta, S. Keys repeat (4 of them): the hard case, see unit_lower_inverse.
+
+    q, k, v are bfloat16 numbers, as the matrix products of a block make them on a GPU.
+    """
+    g = torch.Generator(device).manual_seed(0)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=g, device=device)
+
+    which = torch.randint(4, (B, H, T, 1), generator=g, device=device).expand(B, H, T, K)
+    k = F.normalize(rand(B, H, 4, K), dim=-1).gather(2, which)
+    q = F.normalize(rand(B, H, T, K), dim=-1)
+    v = rand(B, H, T, K)
+    q, k, v = (x.bfloat16().float() for x in (q, k, v))
+    log_alpha = -0.05 * rand(B, H, T).exp()
+    beta = (2 + rand(B, H, T)).sigmoid()
+    return [q, k, v, log_alpha, beta, rand(B, H, K, K)]
 
 
 def bench_rule(device, quick, compile, seconds):
     """Time and error of every form of the rule: forward, and forward and backward.
 
-    Keys repeat (4 of them, the hard case, see unit_lower_inverse); q, k, v are bfloat16 numbers, as
-    the matrix products of a block make them on a GPU. The error is the largest relative distance of
-    o, S and the six gradients from the recurrent rule in float64; on CUDA our forms take TF32
-    products, and the kernel's casts to bfloat16 are part of its time.
+    The error is the largest relative distance of o, S and the six gradients from the recurrent rule
+    in float64; on CUDA our forms take TF32 products, and the kernel's casts to bfloat16 are part of
+    its time.
     """
     shapes = [(512, 4, 24, 64), (128, 8, 75, 64), (8, 8, 2048, 64), (4, 8, 4096, 64)]
     if device != "cuda":
         shapes = [(32, 4, 24, 64), (8, 4, 75, 64), (2, 8, 2048, 64)]
-    rules, rows = contenders(device, compile), []
-    for B, H, T, K in shapes[:2] if quick else shapes:
-        g = torch.Generator(device).manual_seed(0)
-        rand = lambda *shape: torch.randn(*shape, generator=g, device=device)
-        which = torch.randint(4, (B, H, T, 1), generator=g, device=device).expand(B, H, T, K)
-        k = F.normalize(rand(B, H, 4, K), dim=-1).gather(2, which)
-        q, k, v = (x.bfloat16().float() for x in (F.normalize(rand(B, H, T, K), dim=-1), k,
-                                                  rand(B, H, T, K)))
-        inputs = [q, k, v, -0.05 * rand(B, H, T).exp(), (2 + rand(B, H, T)).sigmoid(),
-                  rand(B, H, K, K)]
-        weights = rand(B, H, T, K), rand(B, H, K, K)
+    rules = forms_of_the_rule(device, compile)
+    rows = []
+    for shape in shapes[:2] if quick else shapes:
+        B, H, T, K = shape
+        inputs = inputs_of_the_rule(*shape, device)
+        g = torch.Generator(device).manual_seed(1)
+        weights = [torch.randn(B, H, T, K, generator=g, device=device),
+                   torch.randn(B, H, K, K, generator=g, device=device)]
 
         def forward(rule):
             with torch.no_grad():
@@ -155,72 +189,85 @@ def bench_rule(device, quick, compile, seconds):
             loss = sum((x * w.to(x.device)).sum() for x, w in zip(results, weights))
             return [*results, *torch.autograd.grad(loss, leaves)]
 
-        oracle = "cpu" if device == "mps" else device                          # MPS: no float64
-        exact = both(sleep.gated_delta_rule, [x.to(oracle).double() for x in inputs])
+        exact_device = "cpu" if device == "mps" else device    # MPS has no float64
+        exact = both(sleep.gated_delta_rule, [x.to(exact_device).double() for x in inputs])
         for name, rule in rules.items():
             if T >= 2048 and "compiled" in name:
                 continue                   # its chunks are unrolled: minutes to compile
-            row = dict(shape=[B, H, T, K], rule=name)
+            row = dict(shape=list(shape), rule=name)
             try:
                 row["forward"] = timed(lambda: forward(rule), device, seconds)
-                row["error"] = max(((x.to(y.device) - y).norm() / y.norm()).item()
-                                   for x, y in zip(both(rule), exact))
+                errors = [((x.to(y.device) - y).norm() / y.norm()).item()
+                          for x, y in zip(both(rule), exact)]
+                row["error"] = max(errors)
                 row["both"] = timed(lambda: both(rule), device, seconds)
-                said = (f"forward {ms(row['forward'])}, with backward {ms(row['both'])}, "
-                        f"error {row['error']:.0e}")
+                words = (f"forward {format_time(row['forward'])}, with backward {format_time(row['both'])}, "
+                         f"error {row['error']:.0e}")
             except Exception as e:         # a kernel that refuses this GPU, or needs more memory
-                said = row["failed"] = f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
+                words = f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
+                row["failed"] = words
             rows.append(row)
-            print(f"  {str((B, H, T, K)):18} {name:32} {said}", flush=True)
+            print(f"  {str(shape):18} {name:32} {words}", flush=True)
     return rows
 
 
 # ------------------------------------------------------------------------------------------------
 # The model
 
-def bench_model(device, compile, T, B, M=4, **settings):
-    """A model, f() = one training step on random tokens, M of them predicted, and its batch."""
+def training_step(device, compile, T, B, M=4, **settings):
+    """A model, step() = one training step on random tokens, M of them predicted, and its batch."""
     torch.manual_seed(0)
-    model = sleep.SleepLM(sleep.Config(vocab_size=3, T=T, **settings)).to(device)
-    model.bf16 = device == "cuda"
+    bf16 = sleep.has_bf16(device)
+    model = sleep.SleepLM(sleep.Config(vocab_size=3, T=T, bf16=bf16, **settings)).to(device)
     gradients = sleep.make_gradients(model, compile, False)
     optimizers = sleep.make_optimizers(model, 1e-3, 1e-3)
-    tokens, targets = (torch.randint(3, (B, n), device=device) for n in (T, M))
+    tokens = torch.randint(3, (B, T), device=device)
+    targets = torch.randint(3, (B, M), device=device)
 
     def step():
         gradients(tokens, targets, model.cfg.N)
         for optimizer in optimizers:
             optimizer.step()
+
     return model, step, tokens, targets
+
+
+def flop_per_ms(device, seconds):
+    """The ceiling: FLOP per millisecond in a large matrix product."""
+    on_gpu = device == "cuda"
+    n = 8192 if on_gpu else 1024
+    dtype = torch.bfloat16 if sleep.has_bf16(device) else torch.float32
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.randn(n, n, device=device, dtype=dtype)
+    ceiling = 2 * n ** 3 / timed(lambda: a @ b, device, seconds)[0]
+    print(f"  {ceiling / 1e9:.2f} TFLOP/s in a matrix product of {n} x {n}, {dtype}: the ceiling")
+    return ceiling
 
 
 def bench_N(device, quick, compile, seconds):
     """A training step of Section 6.1 (on a CPU: of the cpu preset of train_ca.py) against N."""
+    on_gpu = device == "cuda"
     size = dict(T=100, B=512, L=24, layout="asas", d_model=256, n_head=4)
-    if device != "cuda":
+    if not on_gpu:
         size = dict(T=34, B=16 if quick else 256, M=2, L=16, layout="as", d_model=64, n_head=2)
-    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    ceiling = 2 * n ** 3 / timed(lambda: a @ b, device, seconds)[0]            # FLOP per ms
-    del a, b                               # peak memory is that of a step
-    print(f"  {ceiling / 1e9:.2f} TFLOP/s in a matrix product of {n} x {n}, {dtype}: the ceiling")
+    ceiling = flop_per_ms(device, seconds)
     rows = []
     for N in (1, 2) if quick else (1, 2, 4, 8):
-        model, step, tokens, targets = bench_model(device, compile, N=N, **size)
+        model, step, tokens, targets = training_step(device, compile, N=N, **size)
         plain = sleep.SleepLM(model.cfg)
-        work = size["B"] * count_flop(plain, tokens[:1].cpu(), targets[:1].cpu())
-        if device == "cuda":
+        flop = size["B"] * count_flop(plain, tokens[:1].cpu(), targets[:1].cpu())
+        if on_gpu:
             gc.collect()                   # the model before this one, and its graphs
             torch.cuda.reset_peak_memory_stats()
         t = timed(step, device, seconds)
-        rows.append(dict(N=N, step=t, tokens_per_s=1e3 * size["B"] * size["T"] / t[0],
-                         ratio=t[0] / rows[0]["step"][0] if rows else 1.0, flop=work,
-                         share=work / ceiling / t[0],
-                         peak=torch.cuda.max_memory_allocated() if device == "cuda" else None))
-        r = rows[-1]
-        print(f"  N = {N}: {ms(t)}, {r['tokens_per_s']:,.0f} tokens/s, {r['ratio']:.2f} x N = 1, "
-              f"{100 * r['share']:.0f} % of the ceiling"
-              + (f", peak {r['peak'] / 1e9:.2f} GB" if r["peak"] else ""), flush=True)
+        row = dict(N=N, step=t, tokens_per_s=1e3 * size["B"] * size["T"] / t[0],
+                   ratio=t[0] / rows[0]["step"][0] if rows else 1.0, flop=flop,
+                   share=flop / ceiling / t[0],
+                   peak=torch.cuda.max_memory_allocated() if on_gpu else None)
+        rows.append(row)
+        memory = f", peak {row['peak'] / 1e9:.2f} GB" if on_gpu else ""
+        print(f"  N = {N}: {format_time(t)}, {row['tokens_per_s']:,.0f} tokens/s, {row['ratio']:.2f} x "
+              f"N = 1, {100 * row['share']:.0f} % of the ceiling{memory}", flush=True)
     return rows
 
 
@@ -235,14 +282,20 @@ def bench_L(device, quick, compile, seconds):
     if device != "cuda":
         size = dict(T=1024, B=1 if quick else 4, layout="as", d_model=64, n_head=2)
         windows = [32, 64, 128, 256, 1024]
+    if quick:
+        windows = windows[1:-1:2]
     rows = []
-    for L in windows[1:-1:2] if quick else windows:
-        for N in (1,) if L == size["T"] else (1, 2) if quick else (1, 2, 4):
-            _, step, *_ = bench_model(device, False, N=N, L=L, **size)
+    for L in windows:
+        passes = (1, 2) if quick else (1, 2, 4)
+        if L == size["T"]:
+            passes = (1,)
+        for N in passes:
+            _, step, *_ = training_step(device, False, N=N, L=L, **size)
             t = timed(step, device, seconds)
-            rows.append(dict(L=L, N=N, step=t, tokens_per_s=1e3 * size["B"] * size["T"] / t[0]))
-            print(f"  T = {size['T']}, L = {L:5}, N = {N}: {rows[-1]['tokens_per_s']:12,.0f} "
-                  f"tokens/s, {ms(t)}", flush=True)
+            row = dict(L=L, N=N, step=t, tokens_per_s=1e3 * size["B"] * size["T"] / t[0])
+            rows.append(row)
+            print(f"  T = {size['T']}, L = {L:5}, N = {N}: {row['tokens_per_s']:12,.0f} tokens/s, "
+                  f"{format_time(t)}", flush=True)
     return rows
 
 
@@ -251,64 +304,38 @@ def bench_wake(device, quick, compile, seconds):
     size = dict(T=12000, L=512, layout="asas", d_model=512, n_head=8)
     if device != "cuda":
         size = dict(T=1024, L=64, layout="as", d_model=64, n_head=2)
+    L = size["L"]
     rows = []
     for N in (1, 2) if quick else (1, 2, 4, 8):
         torch.manual_seed(0)
         model = sleep.SleepLM(sleep.Config(vocab_size=3, N=N, **size)).to(device)
         with torch.no_grad():
-            h = model.embed(torch.randint(3, (1, size["L"]), device=device))
+            h = model.embed(torch.randint(3, (1, L), device=device))
             empty = model.empty_memory(1)
-            _, full = model.wake(h[:, 1:], model.sleep(h, empty))  # a cache of L - 1 tokens
+            slept = model.sleep(h, empty)
+            _, full = model.wake(h[:, 1:], slept)              # a cache of L - 1 tokens
             awake = timed(lambda: model.wake(h[:, :1], full), device, seconds)
             asleep = timed(lambda: model.sleep(h, empty), device, seconds)
         bytes_S = sum(S.nbytes for S in full.S if S is not None)
-        cached = sum(x.nbytes for c in full.cache for x in c[1:]) * size["L"] // (size["L"] - 1)
-        rows.append(dict(N=N, wake=awake, sleep=asleep, bytes_S=bytes_S, bytes_cache=cached,
-                         bytes_full_attention=cached * size["T"] // size["L"]))
-        print(f"  N = {N}: a token {ms(awake)}, a sleep {ms(asleep)}", flush=True)
-    print(f"  bytes: S {bytes_S:,}, cache of a full window {cached:,}, of all {size['T']:,} tokens "
+        kv = [x for block in full.cache for x in (block.keys, block.values) if x is not None]
+        bytes_cache = sum(x.nbytes for x in kv) * L // (L - 1)
+        rows.append(dict(N=N, wake=awake, sleep=asleep, bytes_S=bytes_S, bytes_cache=bytes_cache,
+                         bytes_full_attention=bytes_cache * size["T"] // L))
+        print(f"  N = {N}: a token {format_time(awake)}, a sleep {format_time(asleep)}", flush=True)
+    print(f"  bytes: S {bytes_S:,}, cache of a full window {bytes_cache:,}, of all {size['T']:,} tokens "
           f"{rows[-1]['bytes_full_attention']:,}")
     return rows
 
 
 # ------------------------------------------------------------------------------------------------
-# The picture and the command
+# The picture: four panels, one a part of the benchmark
 
-def plot(results, path):
-    """Four panels, one a part of the benchmark."""
+def draw(results, path):
     fig, axes = figure(1, 4, (18, 4.4))
-    rule = [r for r in results["bench_rule"] if "both" in r]
-    shapes = list(dict.fromkeys(str(tuple(r["shape"])) for r in rule))
-    names = list(dict.fromkeys(r["rule"] for r in rule))
-    ax = axes[0, 0]
-    for i, name in enumerate(names):
-        rows = [r for r in rule if r["rule"] == name]
-        ax.bar([shapes.index(str(tuple(r["shape"]))) + 0.8 * i / len(names) for r in rows],
-               [r["both"][0] for r in rows], 0.8 / len(names), label=name)
-    ax.set(yscale="log", xlabel="sequences, heads, tokens, width of a head",
-           ylabel="ms, forward and backward", title="The fast-weight rule")
-    ax.set_ylim(top=6 * ax.get_ylim()[1])                  # room for the legend
-    ax.set_xticks([i + 0.4 - 0.4 / len(names) for i in range(len(shapes))], shapes)
-    ax = axes[0, 1]
-    N, times, spread = zip(*((r["N"], *r["step"]) for r in results["bench_N"]))
-    ax.errorbar(N, times, spread, marker="o", label="measured")
-    ax.plot(N, [n / N[0] * times[0] for n in N], "k--", label="N times as long as N = 1")
-    ax.set(xlabel="N: passes of a sleep", ylabel="ms", title="A training step", xticks=N, ylim=0)
-    ax = axes[0, 2]
-    for n in sorted({r["N"] for r in results["bench_L"]}):
-        rows = [r for r in results["bench_L"] if r["N"] == n]
-        ax.plot([r["L"] for r in rows], [r["tokens_per_s"] for r in rows], "o-", label=f"N = {n}")
-    windows = sorted({r["L"] for r in results["bench_L"]})
-    ax.set(xscale="log", yscale="log", xlabel="window in tokens; the last holds the whole sequence",
-           ylabel="training tokens per second", title="The window (Figure 6)")
-    ax.set_xticks(windows, windows, minor=False)
-    ax = axes[0, 3]
-    for what, label in (("wake", "one token, awake"), ("sleep", "one sleep")):
-        ax.plot([r["N"] for r in results["bench_wake"]],
-                [r[what][0] for r in results["bench_wake"]], "o-", label=label)
-    ax.set(xscale="log", yscale="log", xlabel="N: passes of a sleep", ylabel="ms",
-           title="One stream of tokens")
-    ax.set_xticks(N, N, minor=False)
+    draw_rule(axes[0, 0], [row for row in results["bench_rule"] if "both" in row])
+    draw_N(axes[0, 1], results["bench_N"])
+    draw_L(axes[0, 2], results["bench_L"])
+    draw_wake(axes[0, 3], results["bench_wake"])
     for ax in axes[0]:
         ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         ax.legend(fontsize=7)
@@ -316,47 +343,98 @@ def plot(results, path):
     save_figure(fig, path)
 
 
-def main(argv=None):
+def draw_rule(ax, rows):
+    shapes = list(dict.fromkeys(str(tuple(row["shape"])) for row in rows))
+    names = list(dict.fromkeys(row["rule"] for row in rows))
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        of_name = [row for row in rows if row["rule"] == name]
+        x = [shapes.index(str(tuple(row["shape"]))) + i * width for row in of_name]
+        ax.bar(x, [row["both"][0] for row in of_name], width, label=name)
+    ax.set(yscale="log", xlabel="sequences, heads, tokens, width of a head",
+           ylabel="ms, forward and backward", title="The fast-weight rule")
+    ax.set_ylim(top=6 * ax.get_ylim()[1])                      # space for the legend
+    ax.set_xticks([i + 0.4 - width / 2 for i in range(len(shapes))], shapes)
+
+
+def draw_N(ax, rows):
+    N = [row["N"] for row in rows]
+    times = [row["step"][0] for row in rows]
+    ax.errorbar(N, times, [row["step"][1] for row in rows], marker="o", label="measured")
+    ax.plot(N, [n / N[0] * times[0] for n in N], "k--", label="N times as long as N = 1")
+    ax.set(xlabel="N: passes of a sleep", ylabel="ms", title="A training step", xticks=N, ylim=0)
+
+
+def draw_L(ax, all_rows):
+    for N in sorted({row["N"] for row in all_rows}):
+        rows = [row for row in all_rows if row["N"] == N]
+        ax.plot([row["L"] for row in rows], [row["tokens_per_s"] for row in rows], "o-", label=f"N = {N}")
+    windows = sorted({row["L"] for row in all_rows})
+    ax.set(xscale="log", yscale="log", xlabel="window in tokens; the last holds the whole sequence",
+           ylabel="training tokens per second", title="The window (Figure 6)")
+    ax.set_xticks(windows, windows, minor=False)
+
+
+def draw_wake(ax, rows):
+    N = [row["N"] for row in rows]
+    for part, label in (("wake", "one token, awake"), ("sleep", "one sleep")):
+        ax.plot(N, [row[part][0] for row in rows], "o-", label=label)
+    ax.set(xscale="log", yscale="log", xlabel="N: passes of a sleep", ylabel="ms",
+           title="One stream of tokens")
+    ax.set_xticks(N, N, minor=False)
+
+
+# ------------------------------------------------------------------------------------------------
+# The program
+
+PARTS = {"bench_rule": (bench_rule, "the rule (B, H, T, K)"),
+         "bench_N": (bench_N, "a training step against N"),
+         "bench_L": (bench_L, "Figure 6: tokens per second"),
+         "bench_wake": (bench_wake, "waking and sleeping")}
+
+
+@program
+def main(argv):
     p = parser(__doc__)
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     p.add_argument("--quick", action="store_true", help="fewer cases, shorter: does it run?")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA only")
     p.add_argument("--out", type=Path,
                    help="a new folder; default: benchmark-DEVICE-MMDD-HHMMSS in out/")
+    p.add_argument("--draw", type=Path, metavar="FILE", help="draw a file of results; nothing is measured")
     args = p.parse_args(argv)
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    device = next(d for d in there if there[d]) if args.device == "auto" else args.device
-    if not there.get(device):
-        p.error(f"there is no device '{device}' here: take --device cpu.")
-    fuse = device == "cuda" and find_spec("triton") is not None
-    compile = fuse if args.compile is None else args.compile
+    if args.draw:
+        draw_file(args.draw)
+        return
+    device = torch.device(sleep.choose_device(args.device)).type
+    no_compile = sleep.why_no_compile(device)
+    if args.compile and no_compile:
+        raise sleep.BadInput(f"--compile: {no_compile}. Leave it out.")
+    compile = device == "cuda" and not no_compile if args.compile is None else args.compile
     out = args.out or Path("out") / time.strftime(f"benchmark-{device}-%m%d-%H%M%S")
-    try:
-        if compile:
-            torch.compile(torch.sin)(torch.ones(1, device=device))
-    except Exception as e:                 # no C++ compiler, no Triton: each has its own error
-        p.error(f"torch.compile does not work here ({type(e).__name__}): take --no-compile.")
     try:
         out.mkdir(parents=True)
     except OSError as e:
-        p.error(f"{out} cannot be made ({e.strerror}): choose another --out.")
-    torch._dynamo.config.recompile_limit = 64          # one graph for each shape and kind of call
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")                             # TF32
-    name = (torch.cuda.get_device_name() if device == "cuda" else
-            f"{device}, {torch.get_num_threads()} threads")
+        raise sleep.BadInput(f"{out} cannot be made ({e.strerror}): choose another --out.") from None
+    sleep.set_up_torch(device)
+    name = sleep.device_name(device)
     print(f"{name}, torch {torch.__version__}, {'compiled' if compile else 'eager'}; medians and "
           "interquartile ranges")
     results = dict(device=name, torch=str(torch.__version__), compile=compile)
-    for words, bench in (("the rule (B, H, T, K)", bench_rule),
-                         ("a training step against N", bench_N),
-                         ("Figure 6: tokens per second", bench_L),
-                         ("waking and sleeping", bench_wake)):
+    for part, (bench, words) in PARTS.items():
         print(words)
-        results[bench.__name__] = bench(device, args.quick, compile, 0.05 if args.quick else 1.0)
-        sleep.write(out / "results.json", lambda p: p.write_text(json.dumps(results, indent=1)))
-    plot(results, out / "plot.png")
+        results[part] = bench(device, args.quick, compile, 0.05 if args.quick else 1.0)
+        write_results(out / "results.json", results)
+    draw(results, out / "plot.png")
     print(f"saved: {out / 'results.json'}, {out / 'plot.png'}")
+
+
+def draw_file(file):
+    results = read_results(file)
+    if {"device", "torch", *PARTS} - set(results):
+        raise sleep.BadInput(f"{file} holds no results of lab.tools.benchmark.")
+    draw(results, picture_of(file))
+    print(f"saved: {picture_of(file)}")
 
 
 if __name__ == "__main__":
