@@ -47,7 +47,7 @@ METRIC_WORDS = {
 
 def parser(doc):
     """An argparse parser that says in one sentence what is wrong, with exit status 2."""
-    p = argparse.ArgumentParser(description=doc.replace("%", "%%"), allow_abbrev=False,
+    p = argparse.ArgumentParser(description=(doc or "").replace("%", "%%"), allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda sentence: p.exit(2, f"{p.prog}: {sentence}\n")
     return p
