@@ -37,8 +37,6 @@ METRIC_WORDS = {
     "bit": "bit: share of bits right",
     "accuracy": "accuracy: share of answers right",
     "loss": "loss: cross entropy in nats",
-    "forward": "accuracy of forward problems",
-    "reverse": "accuracy of reverse problems",
 }
 
 

@@ -112,10 +112,8 @@ def spell_questions(task, k, q):
     k_token = train_khop.ONE + k
     q_token = task.node + q
     if not task.words:
-        return torch.stack([k_token, q_token], -1)
-    hops, after, colon = (torch.full_like(k_token, token) for token in
-                          (train_khop.HOPS, train_khop.AFTER, train_khop.COLON))
-    return torch.stack([k_token, hops, after, q_token, colon], -1)
+        return train_khop.phrase(k_token, q_token)
+    return train_khop.phrase(k_token, train_khop.HOPS, train_khop.AFTER, q_token, train_khop.COLON)
 
 
 def right_answers(edges, K):

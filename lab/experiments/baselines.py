@@ -17,8 +17,6 @@ import train_ca
 import train_gsm
 from lab.common import mean, program
 
-FIRST_NUMBER = 11                          # the token of the number 0 in train_gsm.py
-
 
 # ------------------------------------------------------------------------------------------------
 # Rule 110
@@ -97,7 +95,7 @@ def read(task, row):
 
 
 def resolve(asked, sentences, p, reads):
-    """The value of a name if `reads` nested reads are enough, else None; reverse is too much."""
+    """The value of a name if `reads` nested reads are enough, else None."""
     if reads == 0:
         return None
     if asked.startswith("all-"):
@@ -105,7 +103,7 @@ def resolve(asked, sentences, p, reads):
         said = " plus ".join(dict.fromkeys(members)).split()
     else:
         said = next((rest for name, *rest in sentences if name == asked), [])
-    if not said or said == ["unknown"]:
+    if not said:
         return None
     factor = 1
     if said[1:2] == ["times"]:
@@ -130,7 +128,7 @@ def gsm(task):
     tokens, targets, depths = task.test
     answers = targets[targets >= 0].tolist()
     right = {}                             # {baseline: {depth: [bool]}}
-    for row, answer, depth in zip(tokens, answers, depths.flatten().abs().tolist()):
+    for row, answer, depth in zip(tokens, answers, depths.flatten().tolist()):
         asked, sentences = read(task, row)
         numbers = Counter(said[0] for _, *said in sentences if len(said) == 1 and said[0].isdigit())
         commonest = int(numbers.most_common(1)[0][0]) if numbers else 0
@@ -142,7 +140,7 @@ def gsm(task):
             predicted[baseline] = commonest if value is None else value
         for baseline, number in predicted.items():
             hits = right.setdefault(baseline, {}).setdefault(str(depth), [])
-            hits.append(number == answer - FIRST_NUMBER)
+            hits.append(number == answer - train_gsm.ZERO)
     found = {"best constant": dict(accuracy=task.chance["accuracy"])}
     for baseline, by_depth in right.items():
         found[baseline] = dict(accuracy={depth: mean(hits) for depth, hits in sorted(by_depth.items())})

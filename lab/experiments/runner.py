@@ -4,9 +4,7 @@ import json
 import re
 import shlex
 import sys
-import tempfile
 from argparse import Namespace
-from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -58,7 +56,7 @@ def plan(experiment, argv, name):
 
 def folder_of(task, args, default):
     """Where the runs of a condition are kept: named by all that is not as in the preset."""
-    not_in_name = {"N", "seed", "N_test", "preset", "device", "compile", "recompute", "data", "out", "resume"}
+    not_in_name = {"N", "seed", "N_test", "preset", "device", "compile", "recompute", "out", "resume"}
     words = [task]
     if args.preset != "cpu":
         words.append(args.preset)
@@ -79,29 +77,27 @@ def folder_of(task, args, default):
 def flop(run, steps=None):
     """FLOP of the training of a run, or of its first `steps` steps; rebuilt from its settings.
 
-    A hundred steps are counted, one sequence of their batch, on the CPU. Of the word problems only a
-    few are made.
+    A hundred steps are counted, one sequence of their batch, on the CPU.
     """
-    *_, Task = load_task(run["task"])
-    settings = sleep.DEFAULTS | variants.DEFAULTS | run["settings"]
+    _, presets, _, Task = load_task(run["task"])
+    settings = sleep.DEFAULTS | presets["cpu"] | run["settings"]   # a flag that a run lacks: as there
     n_steps = settings["steps"] if steps is None else steps
+    small = dict(N=[settings["N"]], device="cpu", batch_size=1)
+    if run["task"] == "gsm":
+        small["tests"] = settings["reads"]                     # a test as small as there can be
+    task = Task(Namespace(**settings | small), settings["seed"])
+    values = {flag: settings[flag] for flag in sleep.MODEL_FLAGS}
+    model = variants.make_model(sleep.Config(task.vocab_size, task.T, **values), settings)
     sample = range(0, n_steps, max(1, n_steps // 100))
-    with tempfile.TemporaryDirectory() as data, redirect_stdout(None):
-        small = dict(N=[settings["N"]], device="cpu", batch_size=1, data=data,
-                     problems=len(settings.get("T", [])))
-        task = Task(Namespace(**settings | small), settings["seed"])
-        values = {flag: settings[flag] for flag in sleep.MODEL_FLAGS}
-        cfg = sleep.Config(task.vocab_size, task.T, **values)
-        model = variants.make_model(cfg, settings)
-        cost = {}                          # steps of the same shape and N cost the same
-        total = 0
-        for step in sample:
-            tokens, targets, *_ = task.make_batch(step)
-            N = variants.draw_N(step, settings)
-            shape = (tokens.shape, N)
-            if shape not in cost:
-                cost[shape] = count_flop(model, tokens, targets, N)
-            total += cost[shape]
+    cost = {}                              # steps of the same shape and N cost the same
+    total = 0
+    for step in sample:
+        tokens, targets, *_ = task.make_batch(step)
+        N = variants.draw_N(step, settings)
+        shape = (tokens.shape, N)
+        if shape not in cost:
+            cost[shape] = count_flop(model, tokens, targets, N)
+        total += cost[shape]
     mean_of_a_step = total / len(sample)   # of one sequence
     return settings["batch_size"] * n_steps * mean_of_a_step
 

@@ -34,9 +34,9 @@ def load(path):
         run = saved["run"]
         if run["task"] not in ("khop", "trees"):
             raise ValueError
-        settings = sleep.DEFAULTS | variants.DEFAULTS | run["settings"]
+        _, presets, _, Task = load_task(run["task"])
+        settings = sleep.DEFAULTS | presets["cpu"] | run["settings"]   # a flag that a run lacks: as there
         settings |= dict(device="cpu", batch_size=1, N=run["N"])
-        *_, Task = load_task(run["task"])
         task = Task(Namespace(**settings | dict(N=[run["N"]])), settings["seed"])
         values = {flag: settings[flag] for flag in sleep.MODEL_FLAGS}
         model = variants.make_model(sleep.Config(task.vocab_size, task.T, **values), settings)
