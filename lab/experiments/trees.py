@@ -19,12 +19,14 @@ import sleep
 from lab.common import program
 
 PRESETS = {"cpu": dict(N=[4], size=8, depth=3, test_depth=7, deeper=0.3, L=48, layout="as", d_model=96,
-                       n_head=1, steps=2000, batch_size=32, lr_muon=1e-2, lr_adamw=4e-3, cooldown=0.4,
+                       n_head=1, order="random", steps=2000, batch_size=32, lr_muon=1e-2, lr_adamw=4e-3, cooldown=0.4,
                        N_test=[1, 2, 3, 4, 6, 8, 12, 16])}
 FLAGS = dict(size="nodes of each of the test's three trees",
              depth="edges from the deepest node to its root, in training",
              test_depth="the same, in the test",
-             deeper="first share of the steps, in which the depth grows from 1")
+             deeper="first share of the steps, in which the depth grows from 1",
+             order="of the edges in training: random, or mixed (a third each: random, parents first, "
+                   "children first)")
 
 
 class Trees:
@@ -39,6 +41,8 @@ class Trees:
                                  f"test_depth < size = {args.size}.")
         if not 0 <= args.deeper <= 1:
             raise sleep.BadInput(f"--deeper {args.deeper} must be a share of the steps, from 0 to 1.")
+        if args.order not in ("random", "mixed"):
+            raise sleep.BadInput(f"--order {args.order} must be random or mixed.")
         self.args = args
         self.seed = seed
         self.nodes = 3 * args.size
@@ -58,19 +62,29 @@ class Trees:
         g.manual_seed(0 if is_test else self.seed * 10 ** 9 + step + 1)
         deepest = args.test_depth if is_test else self.deepest_in_training(step)
         n_trees = 3 if is_test else self.draw_n_trees(step, deepest)
+        order = "random" if is_test else args.order
+        return self.draw(B, n_trees, deepest, order, g)
+
+    def draw(self, B, n_trees, deepest, order, g):
+        """B texts of n_trees trees no deeper than `deepest` edges -> as make_batch."""
         parent, depth = draw_trees(B, n_trees, self.nodes // n_trees, deepest, g)
         # The nodes of tree i are first[i], first[i] + 1, ... A random name for each.
-        first = torch.arange(n_trees, device=args.device)[:, None] * parent.shape[2]       # (n_trees, 1)
+        first = torch.arange(n_trees, device=g.device)[:, None] * parent.shape[2]          # (n_trees, 1)
         name = random_order(B, self.nodes, g)                                  # (B, nodes)
         parent_name = name.gather(1, (parent + first).flatten(1))
         root = first.expand(parent.shape[1:]).flatten()                        # (nodes,)
         root_name = name.gather(1, root.expand(B, -1))
+        depth = depth.flatten(1)                                               # (B, nodes)
         edges = torch.stack([name, parent_name], -1)                           # (B, nodes, 2)
-        order = random_order(B, self.nodes, g)
+        place = torch.rand(B, self.nodes, generator=g, device=g.device)
+        if order == "mixed":
+            kind = torch.randint(-1, 2, (B, 1), generator=g, device=g.device)
+            place = place + kind * depth           # 1: parents first, 0: random, -1: children first
+        order = place.argsort(1)
         asked = random_order(B, self.nodes, g)
         edges = edges.gather(1, order[..., None].expand_as(edges)).flatten(1)
         tokens = torch.cat([edges, name.gather(1, asked)], 1)
-        return tokens, root_name.gather(1, asked), depth.flatten(1).gather(1, asked)
+        return tokens, root_name.gather(1, asked), depth.gather(1, asked)
 
     def deepest_in_training(self, step):
         growing = self.args.deeper * self.args.steps

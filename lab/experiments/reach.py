@@ -1,0 +1,200 @@
+"""How deep a question does a sleep answer, pass by pass? Does a pass add an edge, or double the reach?
+
+    python -m lab.experiments.reach out/experiments/trees*/N6-seed?.pt --out reach.png
+    python -m lab.experiments.reach --draw lab/results/trees-reach-by-pass.json         draw it again
+
+Checkpoints of lab.experiments.trees. The model sleeps over new trees for up to --passes passes. After
+every pass it is asked for the root of each node. The reach after a pass is the deepest question that it
+answers with 0.9, all shallower ones, too. Also counted: which node is said in the place of the root, how
+many edges up from the node that is asked about. The trees are those of training, or as many nodes in two
+deeper trees, or those of training with their edges sorted by depth. Writes a picture and its numbers.
+"""
+from pathlib import Path
+
+import torch
+
+import sleep
+from lab.common import (check_output, mean, parser, picture_of, program, read_results,
+                        write_results)
+from lab.experiments import when_to_wake
+from lab.experiments.plots import figure, legend, save_figure
+from lab.experiments.which_node import walk
+
+ENOUGH = 0.9
+ROWS = 512                                 # texts of a test
+TESTS = {                                  # name: (trees, order of their edges)
+    "trees as in training": (3, None),
+    "two deeper trees": (2, None),
+    "parents first": (3, "parents"),
+    "children first": (3, "children"),
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# Measuring
+
+@torch.no_grad()
+def answers_after_each_pass(model, tokens, n_passes):
+    """tokens (B, L + questions) -> what is answered after 1, ..., n_passes passes: (n_passes, B, questions)."""
+    L = model.cfg.L
+    h = model.embed(tokens[:, :L])
+    questions = model.embed(tokens[:, L:])
+    empty = model.empty_memory(len(tokens))
+    S = empty.S
+    answers = []
+    for _ in range(n_passes):
+        h, S, cache = model.one_pass(h, S, empty.cache)
+        memory = model.evict(sleep.Memory(S, cache, 0))
+        logits, _ = model.wake(questions, memory)
+        answers.append(logits.argmax(-1))
+    return torch.stack(answers)
+
+
+def measure(model, task, n_trees, order, n_passes):
+    """Accuracy by pass and depth, and what is said to the deepest questions, by pass and edges up.
+
+    -> accuracy (n_passes, deepest), said (n_passes, deepest + 2): the last is a node off the way.
+    """
+    deepest = task.nodes // n_trees - 1
+    g = torch.Generator().manual_seed(10 ** 6)                 # no seed of training: those are multiples of 10^9
+    tokens, targets, depths = task.draw(ROWS, n_trees, deepest, "random", g)
+    if order:
+        tokens = when_to_wake.in_order(tokens, depths, order)
+    answers = answers_after_each_pass(model, tokens, n_passes)
+    asked = tokens[:, model.cfg.L:]
+    deep = depths > deepest // 2
+    accuracy = []
+    said = []
+    for answer in answers:
+        right = (answer == targets).float()
+        accuracy.append([right[depths == d].mean().item() for d in range(1, deepest + 1)])
+        edges_up = walk(tokens, task.nodes, asked, answer)[deep]
+        row = [(edges_up == i).float().mean().item() for i in range(deepest + 1)]
+        said.append(row + [1 - sum(row)])
+    return accuracy, said
+
+
+def measure_all(paths, n_passes):
+    """A run for each checkpoint and test."""
+    runs = []
+    for path in dict.fromkeys(path.resolve() for path in paths):
+        model, task = when_to_wake.load(path)
+        if task.name != "trees":
+            raise sleep.BadInput(f"{path} is no checkpoint of trees.")
+        for test, (n_trees, order) in TESTS.items():
+            if task.nodes % n_trees:
+                continue
+            accuracy, said = measure(model, task, n_trees, order, n_passes)
+            run = dict(test=test, trained_N=model.cfg.N, trained_depth=task.args.depth, seed=task.seed,
+                       nodes=task.nodes, order=task.args.order, n_trees=n_trees, accuracy=accuracy, said=said)
+            runs.append(run)
+            print(f"{label(run)}, seed {run['seed']}, {test}: reach after 1, 2, ... passes: "
+                  f"{' '.join(map(str, reach(accuracy)))}")
+    return runs
+
+
+def reach(accuracy):
+    """By pass: the deepest depth that has ENOUGH, as have all before it."""
+    result = []
+    for row in accuracy:
+        depth = 0
+        while depth < len(row) and row[depth] >= ENOUGH:
+            depth += 1
+        result.append(depth)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------
+# Drawing
+
+def label(run):
+    words = f"trained with N = {run['trained_N']}, depth up to {run['trained_depth']}"
+    return words + (", mixed orders" if run["order"] == "mixed" else "")
+
+
+def draw(runs, path):
+    """Reach against passes on both kinds of trees; then which node is said after each pass."""
+    kinds = list(dict.fromkeys(label(run) for run in runs))
+    tests = [test for test in list(TESTS)[:2] if any(run["test"] == test for run in runs)]
+    columns = len(tests) + len(kinds)
+    fig, axes = figure(1, columns, (4.2 * columns, 5.2))
+    for ax, test in zip(axes[0], tests):
+        draw_reach(ax, [run for run in runs if run["test"] == test], kinds, test)
+    for ax, kind in zip(axes[0, len(tests):], kinds):
+        draw_said(ax, [run for run in runs if label(run) == kind and run["test"] == tests[0]], kind)
+    legend(fig, axes[0, 0], "a line is a model: dots are the reach after a pass")
+    save_figure(fig, path)
+
+
+def draw_reach(ax, runs, kinds, test):
+    n_passes = len(runs[0]["accuracy"])
+    deepest = len(runs[0]["accuracy"][0])
+    passes = range(1, n_passes + 1)
+    named = set()
+    for run in runs:
+        color = f"C{kinds.index(label(run))}"
+        depths = [depth or float("nan") for depth in reach(run["accuracy"])]
+        words = None if label(run) in named else label(run)
+        # Seeds of one kind are drawn a little apart, so that equal ones can be told.
+        shifted = [x + 0.12 * (run["seed"] % 3 - 1) for x in passes]
+        ax.plot(shifted, depths, f"{color}o-", ms=4, lw=1, alpha=0.8, label=words)
+        named.add(label(run))
+    ax.plot(passes, [max(n - 1, 0.5) for n in passes], "k:", lw=1, label="one edge a pass")
+    ax.plot(passes, [2.0 ** (n - 3) for n in passes], "k--", lw=1, label="doubling with every pass")
+    ax.axhline(deepest, color="0.6", lw=1, label="the deepest question of the test")
+    ticks = [1, 2, 4, 8, 16, 32]
+    ax.set_yscale("log", base=2)
+    ax.set_yticks(ticks, ticks)
+    ax.minorticks_off()
+    ax.set(xlim=(0.5, 12.5), ylim=(0.8, deepest * 1.3), xlabel="passes of the sleep at the test")
+    ax.set_ylabel(f"reach: the deepest question with {ENOUGH}, in edges")
+    ax.set_title(f"{test}, {deepest} edges deep", fontsize=10)
+
+
+def draw_said(ax, runs, kind):
+    """The mean of the seeds: share of answers to deep questions, by pass and edges up."""
+    n_passes = min(8, len(runs[0]["said"]))
+    columns = len(runs[0]["said"][0])
+    rows = [[mean([run["said"][n][i] for run in runs]) for i in range(columns)] for n in range(n_passes)]
+    ax.imshow(rows, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for y, row in enumerate(rows):
+        for x, share in enumerate(row):
+            if share >= 0.05:
+                ax.text(x, y, f"{share:.2f}".lstrip("0"), ha="center", va="center", fontsize=6.5,
+                        color="w" if share < 0.6 else "k")
+    ax.set_xticks(range(columns), [*range(columns - 1), "off"])
+    ax.set_yticks(range(n_passes), range(1, n_passes + 1))
+    ax.set(xlabel="edges from the node asked about to the node that is said", ylabel="passes of the sleep")
+    ax.set_title(f"{kind}:\nwhat is said to questions deeper than {(columns - 2) // 2}", fontsize=9)
+    ax.grid(False)
+
+
+@program
+def main(argv):
+    p = parser(__doc__)
+    p.add_argument("checkpoint", type=Path, nargs="*")
+    p.add_argument("--passes", type=int, default=16, help="most passes of a sleep (default: 16)")
+    p.add_argument("--out", type=Path, help="the picture; default: out/reach.png")
+    p.add_argument("--draw", type=Path, metavar="FILE", help="draw a file of numbers; nothing is measured")
+    args = p.parse_args(argv)
+    if args.draw:
+        out = args.out or picture_of(args.draw)
+        check_output(out, ".png")
+        runs = read_results(args.draw).get("runs", [])
+        if not runs or any({"test", "trained_N", "accuracy", "said"} - set(run) for run in runs):
+            raise sleep.BadInput(f"{args.draw} holds no numbers of lab.experiments.reach.")
+    else:
+        out = args.out or Path("out/reach.png")
+        if not args.checkpoint:
+            raise sleep.BadInput("name at least one checkpoint, or --draw and a file of numbers.")
+        if not 1 <= args.passes <= 1000:
+            raise sleep.BadInput(f"--passes {args.passes} must be from 1 to 1,000.")
+        check_output(out, ".png")
+        runs = measure_all(args.checkpoint, args.passes)
+        write_results(out.with_suffix(".json"), dict(runs=runs))
+    draw(runs, out)
+    print(f"saved: {out}")
+
+
+if __name__ == "__main__":
+    main()
