@@ -52,7 +52,7 @@ def parser(doc):
 
 
 def program(main):
-    """Decorator of main(argv): bad input is a sentence, with exit status 2; `| head` ends it quietly."""
+    """Decorator of main(argv): bad input is a sentence and status 2; `| head` ends it quietly."""
 
     @functools.wraps(main)
     def run(argv=None):
@@ -75,7 +75,7 @@ def program(main):
 
 
 def check_output(path, suffix):
-    """BadInput if `path` does not end in the suffix or cannot be written: before anything is measured."""
+    """BadInput if `path` lacks the suffix or cannot be written: before anything is measured."""
     path = Path(path)
     if path.suffix != suffix:
         raise sleep.BadInput(f"--out {path}: take a name that ends in {suffix}.")
@@ -146,8 +146,8 @@ def load_runs(path):
         results = read_results(path)
         runs = results.get("runs", [results])
         if not isinstance(runs, list) or not all(is_run(run) for run in runs):
-            raise sleep.BadInput(f"{path} cannot be read as runs: a task, N, a seed, settings, chance "
-                                 "or a curve with tokens is missing.")
+            raise sleep.BadInput(f"{path} cannot be read as runs: a task, N, a seed, settings, "
+                                 "chance or a curve with tokens is missing.")
     if not runs:
         raise sleep.BadInput(f"there are no runs in {path}: none has come to its first evaluation.")
     return sorted(runs, key=lambda run: (run["N"], run["seed"]))
@@ -175,8 +175,8 @@ def load_all(paths):
                 runs.append(run)
     tasks = sorted({run["task"] for run in runs})
     if len(tasks) > 1:
-        raise sleep.BadInput(f"these are runs of several tasks ({', '.join(tasks)}): draw each task for "
-                             "itself.")
+        raise sleep.BadInput(f"these are runs of several tasks ({', '.join(tasks)}): draw each "
+                             "task for itself.")
     return runs
 
 

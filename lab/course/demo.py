@@ -50,12 +50,12 @@ def load(path):
         values = {flag: settings[flag] for flag in sleep.MODEL_FLAGS}
         model = sleep.SleepLM(sleep.Config(task.vocab_size, task.T, **values))
         model.load_state_dict(saved["model"])
-    except Exception as e:                 # another file, a dict of other keys, a model of other shapes
-        raise sleep.BadInput(f"{path} is no checkpoint of train_khop.py ({type(e).__name__}): train "
-                             "one with `python train_khop.py --N 3`.") from None
+    except Exception as e:            # another file, a dict of other keys, a model of other shapes
+        raise sleep.BadInput(f"{path} is no checkpoint of train_khop.py ({type(e).__name__}): "
+                             "train one with `python train_khop.py --N 3`.") from None
     if task.feed or model.cfg.eviction != "hard":
-        raise sleep.BadInput(f"{path}: only models with hard eviction are shown, without answers in the "
-                             "input (--feed).")
+        raise sleep.BadInput(f"{path}: only models with hard eviction are shown, without answers "
+                             "in the input (--feed).")
     return model, task
 
 
@@ -69,10 +69,12 @@ def read_edges(text, n):
     sources = [a for a, _ in edges]
     for node in [node for edge in edges for node in edge]:
         if not 0 <= node < n:
-            raise sleep.BadInput(f"--edges: there is no node {node}; this model knows 0 to {n - 1}.")
+            raise sleep.BadInput(f"--edges: there is no node {node}; this model knows 0 to "
+                                 f"{n - 1}.")
     for node in range(n):
         if sources.count(node) > 1:
-            raise sleep.BadInput(f"--edges: node {node} points to two nodes; on a cycle it has one.")
+            raise sleep.BadInput(f"--edges: node {node} points to two nodes; on a cycle it has "
+                                 "one.")
         if node not in after:
             raise sleep.BadInput(f"--edges: no edge starts at node {node}; the cycle has all {n}.")
     node = after[0]
@@ -82,7 +84,8 @@ def read_edges(text, n):
         length += 1
     if length != n:
         how = f"is back after {length} steps." if node == 0 else "never comes back."
-        raise sleep.BadInput(f"--edges: these are not one cycle of {n} nodes, since the walk from 0 {how}")
+        raise sleep.BadInput(f"--edges: these are not one cycle of {n} nodes, since the walk from "
+                             f"0 {how}")
     return edges
 
 
@@ -108,7 +111,7 @@ def spell(task, edges):
 
 
 def spell_questions(task, k, q):
-    """Questions as tokens (rows, questions, tokens of one); k, q (rows, questions): k hops after q."""
+    """k hops after q, both (rows, questions) -> tokens (rows, questions, tokens of a question)."""
     k_token = train_khop.ONE + k
     q_token = task.node + q
     if not task.words:
@@ -138,7 +141,7 @@ def ask(model, task, S):
     probabilities = []
     for first in range(0, n, task.M):      # as many questions in a sequence as in training
         q = torch.arange(first, min(first + task.M, n))
-        questions = spell_questions(task, k[:, q], q.expand(K, -1))            # (K, questions, tokens)
+        questions = spell_questions(task, k[:, q], q.expand(K, -1))        # (K, questions, tokens)
         memory = model.empty_memory(K)
         memory = memory._replace(S=[None if x is None else x.expand(K, -1, -1, -1) for x in S])
         logits = []
@@ -147,7 +150,7 @@ def ask(model, task, S):
             memory = model.evict(memory)
             logits.append(window_logits)
         length = questions.shape[2]
-        at_last_token = torch.cat(logits, 1)[:, length - 1::length]            # (K, questions, vocab)
+        at_last_token = torch.cat(logits, 1)[:, length - 1::length]         # (K, questions, vocab)
         nodes = at_last_token[..., task.node:task.node + n]
         probabilities.append(nodes.softmax(-1))
     rows = torch.cat(probabilities, 1)                         # (K rows, nodes, nodes)
@@ -196,7 +199,8 @@ def watch(model, task, tokens, N):
             new_S = [x for x in new_S if x is not None]
             h_moved = length_of([new_h - h]) / length_of([new_h])
             S_moved = length_of([now - before for now, before in zip(new_S, S)]) / length_of(new_S)
-            frames.append(Frame(i, n, [x[0] for x in new_S], h_moved.item(), S_moved.item(), answers))
+            written = [x[0] for x in new_S]
+            frames.append(Frame(i, n, written, h_moved.item(), S_moved.item(), answers))
             h = new_h
             S = new_S
     return frames, memory
@@ -218,10 +222,10 @@ def show(model, task, edges, color):
     tokens = spell(task, edges)
     truth = right_answers(edges, task.K)
     frames, memory = watch(model, task, tokens, N)
-    print(f"Which node is k hops after another one? {'Green' if color else '[ ]'} is right; chance is one "
-          f"in {n - 1}.\nThe model sleeps over each window of {model.cfg.L} tokens, {N} pass"
-          f"{'es' * (N > 1)}; each rewrites h, the tokens' features,\nand S, its memory. What it answers "
-          "if it is asked after a pass:")
+    print(f"Which node is k hops after another one? {'Green' if color else '[ ]'} is right; "
+          f"chance is one in {n - 1}.\nThe model sleeps over each window of {model.cfg.L} tokens, "
+          f"{N} pass{'es' * (N > 1)}; each rewrites h, the tokens' features,\nand S, its memory. "
+          "What it answers if it is asked after a pass:")
     n_windows = frames[-1].window + 1
     for frame in frames:
         if frame.n > 0:
@@ -235,7 +239,8 @@ def print_frame(frame, n_windows, truth, color):
     print(f"\n{where}after pass {frame.n}: h moved by {frame.h_moved:.2f} of its length, S by "
           f"{frame.S_moved:.2f}")
     print("  after node " + "".join(f"{q:5}" for q in range(n)) + "     right")
-    for k, (answers, right_nodes) in enumerate(zip(frame.answers.argmax(-1).tolist(), truth.tolist()), 1):
+    rows = zip(frame.answers.argmax(-1).tolist(), truth.tolist())
+    for k, (answers, right_nodes) in enumerate(rows, 1):
         cells = []
         n_right = 0
         for answer, right_node in zip(answers, right_nodes):
@@ -274,7 +279,8 @@ def main(argv):
     p.prog = "sleep.py"
     p.add_argument("--seed", type=int, default=0, help="of the cycle")
     p.add_argument("--edges", help='a cycle of your own, "0>3 3>1 ...", as it is read')
-    p.add_argument("--checkpoint", type=Path, default=SHIPPED, help="default: lab/models/khop-N3.pt")
+    p.add_argument("--checkpoint", type=Path, default=SHIPPED,
+                   help="default: lab/models/khop-N3.pt")
     p.add_argument("--no_color", action="store_true", help="mark right answers by brackets")
     args = p.parse_args(argv)
     torch.set_num_threads(1)               # so small a model is no faster with more

@@ -1,11 +1,13 @@
-"""Ten exercises, in the order of the ladder (python -m lab.course.ladder). Nothing has to be trained.
+"""Ten exercises, in the order of the ladder (python -m lab.course.ladder). Nothing has to be
+trained.
 
     python -m lab.course.exercises             the list
     python -m lab.course.exercises 3           grade number 3: what is wrong, in a sentence
     python -m lab.course.exercises 3 --hint    a hint
 
-Write your answers into this file, where NotImplementedError stands. lab/course/solutions.py has one answer
-to each. Everywhere a key has length 1, beta is 1 and nothing decays, unless it says otherwise.
+Write your answers into this file, where NotImplementedError stands. lab/course/solutions.py has
+one answer to each. Everywhere a key has length 1, beta is 1 and nothing decays, unless it says
+otherwise.
 """
 import importlib
 import sys
@@ -24,8 +26,8 @@ from lab.common import program
 # 1. Write (easy, 10 minutes)
 
 def recalled(v0, v1):
-    """One key is written twice into S = 0, with v0 and then with v1. What is read with that key under
-    the delta rule, and under the Hebbian rule? -> two vectors."""
+    """One key is written twice into S = 0, with v0 and then with v1. What is read with that key
+    under the delta rule, and under the Hebbian rule? -> two vectors."""
     raise NotImplementedError
 
 
@@ -35,8 +37,8 @@ def capacity(V, K):
 
 
 def changed_by(keys, ninth):
-    """S (8, 8) holds a value on each of eight orthogonal keys (8, 8). Then one more is written, on the key
-    `ninth` (8,). Which of the eight are no longer recalled? -> (8,) bool"""
+    """S (8, 8) holds a value on each of eight orthogonal keys (8, 8). Then one more is written, on
+    the key `ninth` (8,). Which of the eight are no longer recalled? -> (8,) bool"""
     raise NotImplementedError
 
 
@@ -52,13 +54,13 @@ def log_alpha_for_half(L, N):
 # 3. Delta (medium, 20 minutes)
 
 def delta_write(S, k, v, beta):
-    """S (V, K) after one write of v (V,) at k (K,) with strength beta, Gated DeltaNet without decay."""
+    """S (V, K) after one write of v (V,) at k (K,) with strength beta, without decay."""
     raise NotImplementedError
 
 
 def which_replay_repairs():
-    """Two keys, neither parallel nor orthogonal, are written alternately, again and again. Under which
-    rules are both recalled without error in the end? -> a set of "delta", "hebbian"."""
+    """Two keys, neither parallel nor orthogonal, are written alternately, again and again. Under
+    which rules are both recalled without error in the end? -> a set of "delta", "hebbian"."""
     raise NotImplementedError
 
 
@@ -66,9 +68,9 @@ def which_replay_repairs():
 # 4. Read twice, write back (medium, 15 minutes)
 
 def compose(S, keys, keys2):
-    """S (K, K) maps every key to another key, as the edges of a graph do. Return an S whose read with
-    keys2[i] is what two reads give, S (S keys[i]), and with keys[i] what it was. keys, keys2 (n, K)
-    are all orthogonal; write with delta_write or with sleep.gated_delta_rule."""
+    """S (K, K) maps every key to another key, as the edges of a graph do. Return an S whose read
+    with keys2[i] is what two reads give, S (S keys[i]), and with keys[i] what it was. keys, keys2
+    (n, K) are all orthogonal; write with delta_write or with sleep.gated_delta_rule."""
     raise NotImplementedError
 
 
@@ -76,8 +78,9 @@ def compose(S, keys, keys2):
 # 5. Many tokens at once (hard, 40 minutes)
 
 def two_tokens(q, k, v, log_alpha, beta, S):
-    """sleep.gated_delta_rule for exactly two tokens, without a loop over them: q, k (2, K), v (2, V),
-    log_alpha, beta (2,), S (V, K) -> o (2, V) and the new S. Without the state after the first."""
+    """sleep.gated_delta_rule for exactly two tokens, without a loop over them: q, k (2, K), v (2,
+    V), log_alpha, beta (2,), S (V, K) -> o (2, V) and the new S. Without the state after the
+    first."""
     raise NotImplementedError
 
 
@@ -85,21 +88,21 @@ def two_tokens(q, k, v, log_alpha, beta, S):
 # 6. Evict (easy, 15 minutes)
 
 def evict(memory, eviction, L):
-    """SleepLM.evict: a sleep.Memory -> the one after eviction, "hard" or "sliding". A block's part of
-    the cache is a sleep.Cache: tail, keys and values, each (..., tokens, numbers); keys and values of
-    an SSM block are None."""
+    """SleepLM.evict: a sleep.Memory -> the one after eviction, "hard" or "sliding". A block's part
+    of the cache is a sleep.Cache: tail, keys and values, each (..., tokens, numbers); keys and
+    values of an SSM block are None."""
     raise NotImplementedError
 
 
 def can_depend(eviction, S_emptied, N):
-    """Can an answer still depend on a token of the window before, if it slept for N passes (0: it was
-    evicted unread) under this eviction, and S was emptied as well (S_emptied)? -> bool"""
+    """Can an answer still depend on a token of the window before, if it slept for N passes (0: it
+    was evicted unread) under this eviction, and S was emptied as well (S_emptied)? -> bool"""
     raise NotImplementedError
 
 
 def equal_parts():
-    """`sleep` with N = 1 and `wake` get the same full window and the same memory. Which fields of the
-    memories that they return are equal? Hard eviction. -> a set of "S", "cache", "n_awake"."""
+    """`sleep` with N = 1 and `wake` get the same full window and the same memory. Which fields of
+    the memories that they return are equal? Hard eviction. -> a set of "S", "cache", "n_awake"."""
     raise NotImplementedError
 
 
@@ -121,8 +124,9 @@ def passes_in_all(T, L, M, N):
 # 8. Stream (hard, 30 minutes)
 
 def stream(model, tokens):
-    """Logits (B, T, vocab) for tokens (B, T) that arrive one at a time; after every L of them the model
-    sleeps, from the S before this window. With model.embed, wake, sleep, empty_memory, cfg.L only."""
+    """Logits (B, T, vocab) for tokens (B, T) that arrive one at a time; after every L of them the
+    model sleeps, from the S before this window. With model.embed, wake, sleep, empty_memory, cfg.L
+    only."""
     raise NotImplementedError
 
 
@@ -130,8 +134,9 @@ def stream(model, tokens):
 # 9. When to wake (medium, 20 minutes)
 
 def sleep_until_still(model, h, memory, threshold, most):
-    """Sleep until a pass moves h by less than `threshold` of its length, |h_new - h| / |h_new| over the
-    whole batch, or for `most` passes. Hard eviction. -> the memory, and the number of passes."""
+    """Sleep until a pass moves h by less than `threshold` of its length, |h_new - h| / |h_new|
+    over the whole batch, or for `most` passes. Hard eviction. -> the memory, and the number of
+    passes."""
     raise NotImplementedError
 
 
@@ -139,17 +144,18 @@ def sleep_until_still(model, h, memory, threshold, most):
 # 10. Your own rule, your own task (hard, 60 minutes)
 
 class Unwritten(sleep.FastWeights):
-    """A layer in which a token with a negative first component of x is not written: beta is 0 for it,
-    and alpha 1. x, q, k, v, S as in FastWeights.write_and_read."""
+    """A layer in which a token with a negative first component of x is not written: beta is 0 for
+    it, and alpha 1. x, q, k, v, S as in FastWeights.write_and_read."""
 
     def write_and_read(self, x, q, k, v, S):
         raise NotImplementedError
 
 
 class Majority:
-    """A task as sleep.main wants it: a window of args.L bits, 0 and 1 (L odd), then a separator, 2;
-    the answer, at the separator, is the commoner bit. A batch depends on seed and step alone, the test
-    on neither. What else a task needs is listed in sleep.py; score and chance are dict(accuracy=...)."""
+    """A task as sleep.main wants it: a window of args.L bits, 0 and 1 (L odd), then a separator,
+    2; the answer, at the separator, is the commoner bit. A batch depends on seed and step alone,
+    the test on neither. What else a task needs is listed in sleep.py; score and chance are
+    dict(accuracy=...)."""
     name = "majority"
     vocab_size = 3
 
@@ -185,22 +191,24 @@ COST = (                                   # and minutes
     "hard, 60",
 )
 HINTS = (
-    "S k is the sum of all v (k_i . k). And how many orthogonal keys are there in K dimensions? A write "
-    "changes what is read with every key that is not orthogonal to its own.",
+    "S k is the sum of all v (k_i . k). And how many orthogonal keys are there in K dimensions? "
+    "A write changes what is read with every key that is not orthogonal to its own.",
     "Every pass decays S once more at every token.",
     "v - S k is what S lacks at k. What does the Hebbian rule do to an error when it writes again?",
-    "First read everything twice, then write: a write may change what the next read finds. Keys that are "
-    "orthogonal do not disturb each other.",
-    "Write o_1 and u_1 first, with S alone; u is what is written at a key. Then u_2 = beta_2 (v_2 - what S, "
-    "decayed twice, and u_1, decayed once, recall at k_2). sleep.gated_delta_rule_chunked says the same.",
-    "sleep.latest takes the last n tokens. What crosses an eviction, besides S? And what can a window leave "
-    "behind that no pass has read?",
-    "Line 7 of Algorithm 1: h and S come out of a pass and go into the next one; the cache does not. A window "
-    "in which a position predicts takes one pass; which windows are before the last M positions?",
+    "First read everything twice, then write: a write may change what the next read finds. Keys "
+    "that are orthogonal do not disturb each other.",
+    "Write o_1 and u_1 first, with S alone; u is what is written at a key. Then u_2 = beta_2 "
+    "(v_2 - what S, decayed twice, and u_1, decayed once, recall at k_2). "
+    "sleep.gated_delta_rule_chunked says the same.",
+    "sleep.latest takes the last n tokens. What crosses an eviction, besides S? And what can a "
+    "window leave behind that no pass has read?",
+    "Line 7 of Algorithm 1: h and S come out of a pass and go into the next one; the cache does "
+    "not. A window in which a position predicts takes one pass; which windows are before the "
+    "last M positions?",
     "Two memories: the one before the window, and the one of now. A sleep begins from the first.",
     "The loop of exercise 7, and a distance. The last pass that was made counts.",
-    "beta times a mask, log_alpha times a mask; super() is of no use. lab/experiments/recall.py is a whole "
-    "task.",
+    "beta times a mask, log_alpha times a mask; super() is of no use. lab/experiments/recall.py "
+    "is a whole task.",
 )
 
 
@@ -254,7 +262,8 @@ def check_1(m):
     by_delta, by_hebbian = m.recalled(v0, v1)
     must(near(by_delta, v1), "recalled: the delta rule does not recall that.")
     must(near(by_hebbian, v0 + v1), "recalled: the Hebbian rule does not recall that.")
-    must(m.capacity(5, 8) == 8 and m.capacity(8, 3) == 3, "capacity: wrong for S (5, 8) or for S (8, 3).")
+    must(m.capacity(5, 8) == 8 and m.capacity(8, 3) == 3,
+         "capacity: wrong for S (5, 8) or for S (8, 3).")
     keys = torch.linalg.qr(torch.randn(8, 8))[0]
     values = torch.randn(9, 8)
     between_two = F.normalize(keys[2] - keys[5], dim=0)
@@ -289,10 +298,11 @@ def check_3(m):
         one_v = v[None, None, None]
         _, wanted = sleep.gated_delta_rule(one_k, one_k, one_v, torch.zeros(1, 1, 1),
                                            torch.full((1, 1, 1), beta), S[None, None])
-        must(near(m.delta_write(S, k, v, beta), wanted[0, 0]), f"delta_write: wrong for beta = {beta}.")
+        must(near(m.delta_write(S, k, v, beta), wanted[0, 0]),
+             f"delta_write: wrong for beta = {beta}.")
     must(m.which_replay_repairs() == {"delta"},
-         "which_replay_repairs: try it; one rule adds the same errors again, one corrects what is left of "
-         "them.")
+         "which_replay_repairs: try it; one rule adds the same errors again, one corrects what "
+         "is left of them.")
 
 
 def check_4(m):
@@ -301,7 +311,8 @@ def check_4(m):
     second = keys[4:]
     S = first.roll(-1, 0).T @ first        # a cycle of four keys
     new = m.compose(S, first, second)
-    must(isinstance(new, torch.Tensor) and new.shape == S.shape, "compose: return the new S (K, K).")
+    must(isinstance(new, torch.Tensor) and new.shape == S.shape,
+         "compose: return the new S (K, K).")
     must(near(new @ second.T, S @ S @ first.T), "compose: keys2 do not recall what two reads give.")
     must(near(new @ first.T, S @ first.T), "compose: keys no longer recall what they did.")
 
@@ -343,11 +354,13 @@ def check_6(m):
         model = tiny(eviction=eviction)
         _, memory = model.wake(model.embed(random_tokens(2, 8)), model.empty_memory(2))
         must(same_memory(m.evict(memory, eviction, 8), model.evict(memory)),
-             f"evict: {eviction} eviction leaves another memory (S, the tokens in each cache, n_awake).")
+             f"evict: {eviction} eviction leaves another memory (S, the tokens in each cache, "
+             "n_awake).")
     for eviction, emptied, N in product(("hard", "sliding"), (False, True), (0, 1, 3)):
         wanted = N > 0 and (not emptied or eviction == "sliding")
         must(m.can_depend(eviction, emptied, N) == wanted,
-             f"can_depend: not so for {eviction} eviction, N = {N}, S {'emptied' if emptied else 'kept'}.")
+             f"can_depend: not so for {eviction} eviction, N = {N}, S "
+             f"{'emptied' if emptied else 'kept'}.")
     must(m.equal_parts() == {"S"}, "equal_parts: try it, on a window of L tokens.")
 
 
@@ -358,7 +371,8 @@ def check_7(m):
         memory = model.sleep(model.embed(random_tokens(2, 8)), model.empty_memory(2), 1)
         must(same_memory(m.sleep_over(model, h, memory, N), model.sleep(h, memory, N)),
              f"sleep_over: with N = {N} the memory is not that of SleepLM.sleep.")
-    for T, L, M, N in ((35, 16, 3, 1), (35, 16, 3, 4), (32, 16, 3, 4), (35, 16, 20, 4), (16, 16, 1, 9)):
+    sizes = ((35, 16, 3, 1), (35, 16, 3, 4), (32, 16, 3, 4), (35, 16, 20, 4), (16, 16, 1, 9))
+    for T, L, M, N in sizes:
         n_passes = count_passes(tiny(L=L, T=T), T, M, N)
         must(m.passes_in_all(T, L, M, N) == n_passes,
              f"passes_in_all: T = {T}, L = {L}, M = {M}, N = {N} takes another number of passes.")
@@ -386,8 +400,8 @@ def check_8(m):
         tokens = random_tokens(2, 35)
         found = m.stream(model, tokens)
         wanted, _ = model.stream(tokens)
-        must(near(found, wanted), f"stream: other logits than SleepLM.stream for N = {N}, {eviction} "
-             f"eviction, at token {first_difference(found, wanted)} or before.")
+        must(near(found, wanted), f"stream: other logits than SleepLM.stream for N = {N}, "
+             f"{eviction} eviction, at token {first_difference(found, wanted)} or before.")
 
 
 def first_difference(a, b):

@@ -1,8 +1,8 @@
 """From one line to the method, in seven steps: python -m lab.course.ladder
 
-Nothing is trained. A cycle of twelve nodes is read edge by edge, a > b, in random order; a node is a
-fixed random vector of length 1. Every step changes one thing and prints what it buys: the share of
-right answers over 50 cycles, where chance is 0.09.
+Nothing is trained. A cycle of twelve nodes is read edge by edge, a > b, in random order; a node is
+a fixed random vector of length 1. Every step changes one thing and prints what it buys: the share
+of right answers over 50 cycles, where chance is 0.09.
 """
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ CYCLES = 50
 d = 128                                    # numbers of a vector
 
 g = torch.Generator().manual_seed(0)
-node = F.normalize(torch.randn(NODES, d, generator=g), dim=-1)                 # e_a, a node's vector
+node = F.normalize(torch.randn(NODES, d, generator=g), dim=-1)               # e_a, a node's vector
 turn = torch.linalg.qr(torch.randn(4, d, d, generator=g))[0]                   # rotations: see key
 
 
@@ -79,13 +79,13 @@ truth = {k: walk(a, b, k) for k in (1, 2, 3, 4)}
 # The steps
 
 def hebbian():
-    """1. Hebbian write: S <- S + v k^T. A matrix is a memory: S k is v, and a little of all others."""
+    """1. Hebbian write: S <- S + v k^T. A matrix is a memory: S k is v and a little of the others."""
     S = write(empty, key(1, a), node[b], delta=False)
     return {"one cycle": right(read(S, key(1, everyone)), truth[1])}
 
 
 def forgetting():
-    """2. Forgetting: S <- alpha S + v k^T. Same write; what is old fades, whether it is right or not."""
+    """2. Forgetting: S <- alpha S + v k^T. Same write; what is old fades, be it right or not."""
     asked = key(1, everyone)
     rows = {}
     for alpha, words in ((1.0, "a second cycle over the first, alpha = 1"), (0.9, "alpha = 0.9")):
@@ -105,9 +105,10 @@ def delta():
 
 
 def sleep_by_hand(passes, carry_h=True):
-    """Passes over the edges a > b. A token carries h, the node that it has reached: b at first. From the
-    second pass on it first moves h one hop, by what S says of it; then it writes h under "n hops after
-    a". Without carry_h every pass begins at b again, so no pass gets further than two hops."""
+    """Passes over the edges a > b. A token carries h, the node that it has reached: b at first.
+    From the second pass on it first moves h one hop, by what S says of it; then it writes h under
+    "n hops after a". Without carry_h every pass begins at b again, so no pass gets further than
+    two hops."""
     S = empty
     h = node[b]
     for n in range(1, passes + 1):
@@ -121,15 +122,17 @@ def sleep_by_hand(passes, carry_h=True):
 
 
 def write_back():
-    """4. Read twice, write back: what S says of a is b, what it says of b is two hops after a. Do both
-    when all edges are in S, write the second under "2 hops after a", and an answer takes one read."""
+    """4. Read twice, write back: what S says of a is b, what it says of b is two hops after a. Do
+    both when all edges are in S, write the second under "2 hops after a", and an answer takes one
+    read."""
     S = write(empty, key(1, a), node[b])
     once = read(S, key(1, everyone))
     twice = read(S, key(1, once))
     slept = sleep_by_hand(2)
+    asked = key(2, everyone)
     return {"2 hops, two reads at the answer": right(twice, truth[2]),
-            "one read": right(read(S, key(2, everyone)), truth[2]),
-            "one read, after a second pass wrote it": right(read(slept, key(2, everyone)), truth[2])}
+            "one read": right(read(S, asked), truth[2]),
+            "one read, after a second pass wrote it": right(read(slept, asked), truth[2])}
 
 
 def narrow(vectors):
@@ -153,8 +156,8 @@ def attention_beside():
 
 
 def evict():
-    """6. Evict: a window is finite. Same two memories; the next window, other facts under other keys, has
-    pushed the edges out, and S (128 dimensions again) has read it, too."""
+    """6. Evict: a window is finite. Same two memories; the next window, other facts under other
+    keys, has pushed the edges out, and S (128 dimensions again) has read it, too."""
     next_keys = key(2, old_a)
     next_values = node[old_b]
     asked = key(1, everyone)
@@ -193,8 +196,8 @@ def main(argv):
             if not isinstance(shares, list):
                 shares = [shares]
             print(f"     {words:45}" + "".join(f"{share:7.2f}" for share in shares))
-    print("\nIn sleep.py nobody says what h holds, under which key it is written or when to forget: "
-          "the blocks learn it.\n`python sleep.py` shows what they learned.")
+    print("\nIn sleep.py nobody says what h holds, under which key it is written or when to "
+          "forget: the blocks learn it.\n`python sleep.py` shows what they learned.")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import sleep
 
 
-# 1. The delta rule replaces, the Hebbian rule adds. As many orthogonal keys as keys have dimensions.
+# 1. The delta rule replaces, the Hebbian rule adds. In K dimensions there are K orthogonal keys.
 
 def recalled(v0, v1):
     return v1, v0 + v1

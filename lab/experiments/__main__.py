@@ -3,7 +3,7 @@
     python -m lab.experiments                            the list of experiments
     python -m lab.experiments iterated --seed 0 1 2      run one; further flags are for all its runs
     python -m lab.experiments iterated --help            all flags
-    python -m lab.experiments iterated --draw            draw it from lab/results; nothing is trained
+    python -m lab.experiments iterated --draw          draw it from lab/results; nothing is trained
     python -m lab.experiments iterated --draw FILE       draw it from a file of runs
 
 Runs are kept in out/experiments/ and shared: what one experiment has finished, no other one runs
@@ -18,7 +18,7 @@ from lab.experiments.registry import EXPERIMENTS
 
 @program
 def main(argv):
-    names = "\n".join(f"  {name:14} {experiment.question}" for name, experiment in EXPERIMENTS.items())
+    names = "\n".join(f"  {name:14} {row.question}" for name, row in EXPERIMENTS.items())
     if not argv:
         print(f"python -m lab.experiments NAME [flags for all runs], with NAME one of\n{names}")
         return
@@ -33,7 +33,8 @@ def main(argv):
         runner.run(experiment, flags, name, getattr(plots, experiment.picture))
         return
     if flags[0] != "--draw" or len(flags) > 2:
-        raise sleep.BadInput("--draw takes a file of runs, or nothing, and no other flag beside it.")
+        raise sleep.BadInput("--draw takes a file of runs, or nothing, and no other flag beside "
+                             "it.")
     picture = runner.redraw(experiment, name, *flags[1:])
     print(f"saved: {picture}")
 

@@ -1,8 +1,8 @@
-"""What can be guessed, looked up or read off without sleep: the baselines of Rule 110 and of the word
-problems. (Of k hops nothing can: a test computes it.)
+"""What can be guessed, looked up or read off without sleep: the baselines of Rule 110 and of the
+word problems. (Of k hops nothing can: a test computes it.)
 
-    python -m lab.experiments.baselines ca --split 0     lookups and a small network, on train_ca.py's tapes
-    python -m lab.experiments.baselines gsm              the commonest number; readers of one to three sentences
+    python -m lab.experiments.baselines ca --split 0  lookups and a small network
+    python -m lab.experiments.baselines gsm  the commonest number; readers of one to three sentences
 
 The flags are those of train_ca.py and train_gsm.py that make the task, --seed and --L; flags of the
 model or of the training change nothing here.
@@ -123,8 +123,8 @@ def resolve(asked, sentences, p, reads):
 
 
 def gsm(task):
-    """{baseline: {depth: accuracy}} of word problems, a train_gsm.Problems; a reader who cannot tell
-    takes the commonest number."""
+    """{baseline: {depth: accuracy}} of word problems, a train_gsm.Problems; a reader who cannot
+    tell takes the commonest number."""
     tokens, targets, depths = task.test
     answers = targets[targets >= 0].tolist()
     right = {}                             # {baseline: {depth: [bool]}}
@@ -143,7 +143,8 @@ def gsm(task):
             hits.append(number == answer - train_gsm.ZERO)
     found = {"best constant": dict(accuracy=task.chance["accuracy"])}
     for baseline, by_depth in right.items():
-        found[baseline] = dict(accuracy={depth: mean(hits) for depth, hits in sorted(by_depth.items())})
+        accuracy = {depth: mean(hits) for depth, hits in sorted(by_depth.items())}
+        found[baseline] = dict(accuracy=accuracy)
     return found
 
 
@@ -162,7 +163,8 @@ def main(argv):
     allowed = {*module.FLAGS, "seed", "L", "preset", "device"}
     names = {flag[2:].split("=")[0] for flag in flags if flag.startswith("--")} - {"help"}
     if names - allowed:
-        raise sleep.BadInput(f"--{' --'.join(sorted(names - allowed))} changes nothing here: leave it out.")
+        raise sleep.BadInput(f"--{' --'.join(sorted(names - allowed))} changes nothing here: "
+                             "leave it out.")
     _, args = sleep.parse(module.__doc__, module.PRESETS, module.FLAGS, flags)
     for baseline, metrics in baselines(Task(args, args.seed[0])).items():
         print(f"{baseline:60} {sleep.format_metrics(metrics)}")

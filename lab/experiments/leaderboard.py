@@ -1,14 +1,18 @@
 """The leaderboard: how little compute teaches a model to sleep?
 
     python -m lab.experiments.leaderboard                              the preset
-    python -m lab.experiments.leaderboard --grow_N 0.6 --seed 0 1 2    flags of train_khop and lab.experiments
+    python -m lab.experiments.leaderboard --grow_N 0.6 --seed 0 1 2    with further flags
+
+The flags are those of train_khop.py and of lab.experiments.
 
 The rules:
 1. The task is that of `python train_khop.py`: what is asked, shown and held out stays as it is.
-2. A model has arrived when its accuracy at three hops is 0.9 or more in two evaluations in a row, at
-   most 100 steps apart.
-3. Its compute is the TFLOP of all training up to the first of them, counted as in lab.experiments.
-4. An entry is the mean of seeds 0, 1, 2. All three have to arrive; settings are tuned on other seeds.
+2. A model has arrived when its accuracy at three hops is 0.9 or more in two evaluations in a
+   row, at most 100 steps apart.
+3. Its compute is the TFLOP of all training up to the first of them, counted as in
+   lab.experiments.
+4. An entry is the mean of seeds 0, 1, 2. All three have to arrive; settings are tuned on other
+   seeds.
 5. An answer takes one pass over the question. All else may change.
 
 Runs are kept in out/experiments, and go on where they stopped.
@@ -46,7 +50,8 @@ def check_rules(args, default):
     if args.preset != "cpu":
         raise sleep.BadInput(f"--preset {args.preset}: the task of the leaderboard is that of cpu.")
     if args.eval_every > 100:
-        raise sleep.BadInput(f"--eval_every {args.eval_every}: evaluations are at most 100 steps apart.")
+        raise sleep.BadInput(f"--eval_every {args.eval_every}: evaluations are at most 100 steps "
+                             "apart.")
 
 
 @program
@@ -75,8 +80,8 @@ def main(argv):
             if tflop[-1] is None:
                 print(f"N {N} seed {seed}: did not arrive; {at_the_end}")
             else:
-                print(f"N {N} seed {seed}: step {arrival(run)['step']}, {tflop[-1]:.2f} TFLOP; after all "
-                      f"{run['steps']}: {at_the_end}")
+                print(f"N {N} seed {seed}: step {arrival(run)['step']}, {tflop[-1]:.2f} TFLOP; "
+                      f"after all {run['steps']}: {at_the_end}")
     if None not in tflop:
         print(f"{mean(tflop):.2f} TFLOP in the mean")
 

@@ -62,7 +62,7 @@ def first_metric(runs):
 
 
 def which_seeds(group, runs):
-    """" (seeds 0, 1)", if others of the runs have more seeds than the group, and its label does not say."""
+    """" (seeds 0, 1)", if other groups have more seeds, and the label does not name them."""
     seeds = sorted({run["seed"] for run in group})
     of_all = {run["seed"] for run in runs}
     if len(seeds) == len(of_all) or "seed" in group[0]["label"]:
@@ -75,7 +75,7 @@ def which_seeds(group, runs):
 # Four kinds of pictures
 
 def bars(runs, experiment, path):
-    """A bar a condition, a dot a seed; a panel a case. Dashed: the best that is got without sleep."""
+    """A bar a condition, a dot a seed; a panel a case. Dashed: the best without sleep."""
     groups = by_label(runs)
     metric = first_metric(runs)
     panels = cases(runs[0]["chance"], metric)
@@ -175,9 +175,10 @@ def passes_by_cases(runs, experiment, path):
     for ax in axes[:, 0]:
         ax.set_ylabel("passes of the sleep at the test")
     chance = pick(runs[0]["chance"], metric, columns[0])
-    fig.colorbar(image, ax=axes[:, -1], label=f"{METRIC_WORDS.get(metric, metric)} (chance {chance:.2f})")
-    fig.suptitle(f"{experiment.question}\n{title(runs)}\n"
-                 "mean of the seeds; their range if above 0.1; red box: as in training", fontsize=10)
+    fig.colorbar(image, ax=axes[:, -1],
+                 label=f"{METRIC_WORDS.get(metric, metric)} (chance {chance:.2f})")
+    fig.suptitle(f"{experiment.question}\n{title(runs)}\nmean of the seeds; their range if above "
+                 "0.1; red box: as in training", fontsize=10)
     save_figure(fig, path)
 
 
@@ -210,7 +211,8 @@ def as_trained(runs, experiment, path):
             value = mean(values)
             write_in_cell(ax, x, y, f"{value:.2f}", value, 19)
             if max(values) - min(values) > 0.1:
-                write_in_cell(ax, x, y + 0.34, f"{min(values):.2f} to {max(values):.2f}", value, 8.5)
+                text = f"{min(values):.2f} to {max(values):.2f}"
+                write_in_cell(ax, x, y + 0.34, text, value, 8.5)
     ax.set_xticks(range(len(columns)), columns)
     ax.set_yticks(range(len(passes)), passes)
     ax.tick_params(length=0, labelsize=12)
@@ -220,7 +222,8 @@ def as_trained(runs, experiment, path):
     chance = pick(runs[0]["chance"], metric, columns[0])
     fig.colorbar(image, ax=ax, label=f"share of answers right (chance {chance:.2f})")
     n_seeds = len({run["seed"] for run in runs})
-    fig.suptitle(f"{experiment.question}\nmean of {n_seeds} seeds; small: their range, if wider than 0.1",
+    fig.suptitle(f"{experiment.question}\nmean of {n_seeds} seeds; small: their range, if wider "
+                 "than 0.1",
                  fontsize=11)
     save_figure(fig, path)
 

@@ -30,7 +30,7 @@ class Condition(NamedTuple):
 # Before anything is trained
 
 def plan(experiment, argv, name):
-    """The conditions of an experiment with the further flags argv; BadInput if one makes no sense."""
+    """The conditions, with further flags argv, as Conditions; BadInput if one makes no sense."""
     tests = []
     own_flags = {"--out", "--resume"}
     if experiment.N_test:
@@ -56,7 +56,8 @@ def plan(experiment, argv, name):
 
 def folder_of(task, args, default):
     """Where the runs of a condition are kept: named by all that is not as in the preset."""
-    not_in_name = {"N", "seed", "N_test", "preset", "device", "compile", "recompute", "out", "resume"}
+    not_in_name = {"N", "seed", "N_test", "preset", "device", "compile", "recompute", "out",
+                   "resume"}
     words = [task]
     if args.preset != "cpu":
         words.append(args.preset)
@@ -80,7 +81,8 @@ def flop(run, steps=None):
     A hundred steps are counted, one sequence of their batch, on the CPU.
     """
     _, presets, _, Task = load_task(run["task"])
-    settings = sleep.DEFAULTS | presets["cpu"] | run["settings"]   # a flag that a run lacks: as there
+    # A flag that the run does not name is as in the cpu preset.
+    settings = sleep.DEFAULTS | presets["cpu"] | run["settings"]
     n_steps = settings["steps"] if steps is None else steps
     small = dict(N=[settings["N"]], device="cpu", batch_size=1)
     if run["task"] == "gsm":
@@ -104,7 +106,8 @@ def flop(run, steps=None):
 
 @cache
 def baseline(task_name, settings):
-    """The best that is got without sleep, in words, and its metrics. Of k hops and trees it is chance.
+    """The best that is got without sleep, in words, and its metrics. Of k hops and trees it is
+    chance.
 
     settings: the flags of the task, as json.
     """
@@ -188,13 +191,14 @@ def print_means(runs):
 
 
 def redraw(experiment, name, file=None):
-    """Draw an experiment's picture from its results, lab/results if no file is named -> its path."""
+    """Draw an experiment's results, those in lab/results if no file is named -> the picture."""
     if file is None and not experiment.results:
         raise sleep.BadInput(f"there are no results of {name} in lab/results: run it first.")
     path = RESULTS / f"{experiment.results}.json" if file is None else Path(file)
     runs = load_runs(path)
     if any("label" not in run or "tflop" not in run or "baseline" not in run for run in runs):
-        raise sleep.BadInput(f"{path} holds runs, but no experiment's: draw it with lab.tools.draw_runs.")
+        raise sleep.BadInput(f"{path} holds runs, but no experiment's: draw it with "
+                             "lab.tools.draw_runs.")
     runs = in_order(runs, experiment)
     picture = picture_of(path)
     if file is None and experiment.drawn_as:
@@ -205,5 +209,5 @@ def redraw(experiment, name, file=None):
 
 def in_order(runs, experiment):
     """Runs in the order of the conditions; those of another experiment come last."""
-    labels = list(experiment.conditions.values())
-    return sorted(runs, key=lambda run: labels.index(run["label"]) if run["label"] in labels else 999)
+    place = {label: i for i, label in enumerate(experiment.conditions.values())}
+    return sorted(runs, key=lambda run: place.get(run["label"], len(place)))

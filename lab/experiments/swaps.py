@@ -1,9 +1,9 @@
 """A control: a task whose depth the recurrence itself supplies, if a write may overshoot.
 
-Four items lie in four places; up to eight swaps of two places follow, with blanks in between; all of it
-is evicted; then every place is asked for. A swap of x and y is the reflection I - 2 k k^T with
-k = (e_x - e_y) / sqrt(2): one token, one write, if beta reaches 2. With beta below 1 a write can only
-forget, so the swaps have to be worked out.
+Four items lie in four places; up to eight swaps of two places follow, with blanks in between; all
+of it is evicted; then every place is asked for. A swap of x and y is the reflection I - 2 k k^T
+with k = (e_x - e_y) / sqrt(2): one token, one write, if beta reaches 2. With beta below 1 a write
+can only forget, so the swaps have to be worked out.
 
     2 0 3 1  ab . cd ab . . bc .   | a? b? c? d?          items of places a to d, swaps, questions
 
@@ -48,8 +48,8 @@ class Swaps:
 
     def __init__(self, args, seed):
         if not 1 <= args.swaps <= 1000 or (4 + args.swaps) % args.L:
-            raise sleep.BadInput(f"--swaps {args.swaps} must be 1 to 1,000, and --L {args.L} divide the "
-                                 f"{4 + args.swaps} tokens before the questions.")
+            raise sleep.BadInput(f"--swaps {args.swaps} must be 1 to 1,000, and --L {args.L} "
+                                 f"divide the {4 + args.swaps} tokens before the questions.")
         self.args = args
         self.seed = seed
         self.T = 4 + args.swaps + 4

@@ -1,13 +1,13 @@
 """Trees: a question whose depth is in the data, not in a token. Does more sleep answer deeper ones?
 
-Three trees of equal size; every node points to its parent, a root to itself. The edges stand in random
-order in one window, and are evicted; then each node is asked for: which root does it lead to? Who knows
-no more than the roots is right once in three times. (With three trees only, training was stuck at that
-chance. So it has three to twelve, the more the smaller: there chance is lower.) In training no node
-lies deeper than `depth` edges, in the test up to `test_depth`: a model that steps from parent to
-parent can go on for as long as it sleeps.
+Three trees of equal size; every node points to its parent, a root to itself. The edges stand in
+random order in one window, and are evicted; then each node is asked for: which root does it lead
+to? Who knows no more than the roots is right once in three times. (With three trees only, training
+was stuck at that chance. So it has three to twelve, the more the smaller: there chance is lower.)
+In training no node lies deeper than `depth` edges, in the test up to `test_depth`: a model that
+steps from parent to parent can go on for as long as it sleeps.
 
-    3 1  1 1  0 3  2 2  4 0  5 2 ..   | 4 0 5 ..       edges (node, parent), questions; answers 1 1 2 ..
+    3 1  1 1  0 3  2 2  4 0  5 2 ..  | 4 0 5 ..  edges (node, parent), questions; answers 1 1 2 ..
 
     python -m lab.experiments.trees        train with 4 passes, test with up to 16
 """
@@ -18,15 +18,15 @@ import torch
 import sleep
 from lab.common import program
 
-PRESETS = {"cpu": dict(N=[4], size=8, depth=3, test_depth=7, deeper=0.3, L=48, layout="as", d_model=96,
-                       n_head=1, order="random", steps=2000, batch_size=32, lr_muon=1e-2, lr_adamw=4e-3, cooldown=0.4,
-                       N_test=[1, 2, 3, 4, 6, 8, 12, 16])}
+PRESETS = {"cpu": dict(N=[4], size=8, depth=3, test_depth=7, deeper=0.3, order="random", L=48,
+                       layout="as", d_model=96, n_head=1, steps=2000, batch_size=32, lr_muon=1e-2,
+                       lr_adamw=4e-3, cooldown=0.4, N_test=[1, 2, 3, 4, 6, 8, 12, 16])}
 FLAGS = dict(size="nodes of each of the test's three trees",
              depth="edges from the deepest node to its root, in training",
              test_depth="the same, in the test",
              deeper="first share of the steps, in which the depth grows from 1",
-             order="of the edges in training: random, or mixed (a third each: random, parents first, "
-                   "children first)")
+             order="of the edges in training: random, or mixed (a third each: random, parents "
+                   "first, children first)")
 
 
 class Trees:
@@ -37,10 +37,10 @@ class Trees:
         if not 2 <= args.size <= 1000:
             raise sleep.BadInput(f"--size {args.size} must be 2 to 1,000 nodes.")
         if not 1 <= args.depth <= args.test_depth < args.size:
-            raise sleep.BadInput(f"--depth {args.depth} --test_depth {args.test_depth}: take 1 <= depth <= "
-                                 f"test_depth < size = {args.size}.")
+            raise sleep.BadInput(f"--depth {args.depth} --test_depth {args.test_depth}: take 1 <= "
+                                 f"depth <= test_depth < size = {args.size}.")
         if not 0 <= args.deeper <= 1:
-            raise sleep.BadInput(f"--deeper {args.deeper} must be a share of the steps, from 0 to 1.")
+            raise sleep.BadInput(f"--deeper {args.deeper} must be a share, from 0 to 1.")
         if args.order not in ("random", "mixed"):
             raise sleep.BadInput(f"--order {args.order} must be random or mixed.")
         self.args = args
@@ -49,12 +49,12 @@ class Trees:
         self.vocab_size = self.nodes
         self.T = 3 * self.nodes
         if (2 * self.nodes) % args.L:
-            raise sleep.BadInput(f"--L {args.L} must divide the {2 * self.nodes} tokens of the edges.")
+            raise sleep.BadInput(f"--L {args.L} must divide the edges' {2 * self.nodes} tokens.")
         self.test = self.make_batch(-1)
         self.chance = dict(accuracy={str(depth): 1 / 3 for depth in range(1, args.test_depth + 1)})
 
     def make_batch(self, step):
-        """Step -> tokens (B, T), targets (B, nodes), depths (B, nodes) of what is asked; -1: the test."""
+        """Step -> tokens (B, T), targets and depths of what is asked (B, nodes); -1 is the test."""
         args = self.args
         is_test = step < 0
         B = 1024 if is_test else args.batch_size
@@ -69,7 +69,7 @@ class Trees:
         """B texts of n_trees trees no deeper than `deepest` edges -> as make_batch."""
         parent, depth = draw_trees(B, n_trees, self.nodes // n_trees, deepest, g)
         # The nodes of tree i are first[i], first[i] + 1, ... A random name for each.
-        first = torch.arange(n_trees, device=g.device)[:, None] * parent.shape[2]          # (n_trees, 1)
+        first = torch.arange(n_trees, device=g.device)[:, None] * parent.shape[2]    # (n_trees, 1)
         name = random_order(B, self.nodes, g)                                  # (B, nodes)
         parent_name = name.gather(1, (parent + first).flatten(1))
         root = first.expand(parent.shape[1:]).flatten()                        # (nodes,)

@@ -1,7 +1,7 @@
 """Variants of the model and of its training: Algorithm 1 with one thing changed.
 
-Each has a flag of `python -m lab.experiments` (FLAGS below). make_model and draw_N are what sleep.train
-asks for.
+Each has a flag of `python -m lab.experiments` (FLAGS below). make_model and draw_N are what
+sleep.train asks for.
 """
 import math
 import random
@@ -42,8 +42,8 @@ def check(args):
     if args.detach < 0:
         raise sleep.BadInput(f"--detach {args.detach} must not be negative.")
     if args.detach and args.detach >= min(args.N):
-        raise sleep.BadInput(f"--detach {args.detach} must be fewer passes than --N {min(args.N)}: it "
-                             "would change nothing.")
+        raise sleep.BadInput(f"--detach {args.detach} must be fewer passes than --N "
+                             f"{min(args.N)}: it would change nothing.")
     if args.carry == "S" and (args.recall or args.guess):
         raise sleep.BadInput("--carry S hands on no h: leave out --recall and --guess.")
     if changes_sleep and (args.eviction != "hard" or args.loop):
@@ -53,8 +53,9 @@ def check(args):
         check_loop(args.loop, len(args.layout))
     if args.parallel:
         if set(args.layout) != {"a"} or "a" not in args.conv:
-            raise sleep.BadInput(f"--parallel --layout {args.layout} --conv {args.conv}: every block has "
-                                 "both mixers, so take a layout of a only, and the convolution before a.")
+            raise sleep.BadInput(f"--parallel --layout {args.layout} --conv {args.conv}: every "
+                                 "block has both mixers, so take a layout of a only, and the "
+                                 "convolution before a.")
         if changes_sleep or args.loop or args.warmup:
             raise sleep.BadInput("--parallel takes no --warmup, and no other change of the model.")
     if not 0 <= args.grow_N <= 1:
@@ -65,8 +66,8 @@ def check(args):
 
 def check_loop(loop, n_blocks):
     if len(loop) != 2 or not 0 <= loop[0] < loop[1] <= n_blocks:
-        raise sleep.BadInput(f"--loop {' '.join(map(str, loop))} must be two numbers, first and stop, with "
-                             f"0 <= first < stop <= {n_blocks}.")
+        raise sleep.BadInput(f"--loop {' '.join(map(str, loop))} must be two numbers, first and "
+                             f"stop, with 0 <= first < stop <= {n_blocks}.")
 
 
 def make_model(cfg, settings):
@@ -112,7 +113,7 @@ class ChangedSleep(sleep.SleepLM):
         return self.after_each_pass(h, memory, N)[-1]
 
     def after_each_pass(self, h, memory, N=None):
-        """N + 1 memories: what is left if the window is evicted after 0, 1, ..., N passes over it."""
+        """N + 1 memories: what is left after 0, 1, ..., N passes over the window, and an eviction."""
         N = self.cfg.N if N is None else sleep.whole_number("N", N, 0)
         self.check(h, memory, asleep=True)
         embedded = h
@@ -243,7 +244,7 @@ class SpanLM(sleep.SleepLM):
 # Both mixers in a block
 
 class ParallelBlock(sleep.Block):
-    """Attention and fast weights read the same tokens; their outputs are normed and averaged (Hymba)."""
+    """Both mixers read the same tokens; their outputs are normed and averaged (Hymba)."""
 
     def __init__(self, cfg):
         super().__init__("a", cfg)

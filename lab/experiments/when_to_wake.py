@@ -1,13 +1,13 @@
 """When to wake: does a sleep show that it is finished?
 
-    python -m lab.experiments.when_to_wake out/a/N4-seed0.pt        -> N4-seed0-wake.json, N4-seed0-wake.png
-    python -m lab.experiments.when_to_wake out/a/N3-seed0.pt --N 8  any checkpoint of k hops or trees
-    python -m lab.experiments.when_to_wake --draw lab/results/trees-wake.json           draw it again
+    python -m lab.experiments.when_to_wake out/a/N4-seed0.pt        k hops or trees
+    python -m lab.experiments.when_to_wake out/a/N3-seed0.pt --N 8  at most 8 passes
+    python -m lab.experiments.when_to_wake --draw lab/results/trees-wake.json         draw it again
 
-Sleeps over every window of the test for up to --N passes. After each pass: how far h and S have moved
-(|now - before| / |now|, a window at a time), and what is answered if it is asked after so many passes.
-Then a sleep that stops by itself, as soon as a pass moves h (or S) by less than a threshold: its passes
-and its accuracy, beside those of a sleep of N passes for every window.
+Sleeps over every window of the test for up to --N passes. After each pass: how far h and S have
+moved (|now - before| / |now|, a window at a time), and what is answered if it is asked after so
+many passes. Then a sleep that stops by itself, as soon as a pass moves h (or S) by less than a
+threshold: its passes and its accuracy, beside those of a sleep of N passes for every window.
 """
 from argparse import Namespace
 from pathlib import Path
@@ -35,21 +35,22 @@ def load(path):
         if run["task"] not in ("khop", "trees"):
             raise ValueError
         _, presets, _, Task = load_task(run["task"])
-        settings = sleep.DEFAULTS | presets["cpu"] | run["settings"]   # a flag that a run lacks: as there
+        # A flag that the run does not name is as in the cpu preset.
+        settings = sleep.DEFAULTS | presets["cpu"] | run["settings"]
         settings |= dict(device="cpu", batch_size=1, N=run["N"])
         task = Task(Namespace(**settings | dict(N=[run["N"]])), settings["seed"])
         values = {flag: settings[flag] for flag in sleep.MODEL_FLAGS}
         model = variants.make_model(sleep.Config(task.vocab_size, task.T, **values), settings)
         model.load_state_dict(saved["model"])
-    except Exception as e:                 # another file, a dict of other keys, a model of other shapes
-        raise sleep.BadInput(f"{path} is no checkpoint of k hops or trees ({type(e).__name__}): train one "
-                             "with `python -m lab.experiments.trees`.") from None
+    except Exception as e:            # another file, a dict of other keys, a model of other shapes
+        raise sleep.BadInput(f"{path} is no checkpoint of k hops or trees ({type(e).__name__}): "
+                             "train one with `python -m lab.experiments.trees`.") from None
     if not all(p.isfinite().all() for p in model.parameters()):
         raise sleep.BadInput(f"{path}: a weight of this model is not finite.")
     one_window = task.T - task.test[1].shape[1] == model.cfg.L
     if model.cfg.eviction != "hard" or not one_window:
-        raise sleep.BadInput(f"{path}: only models with hard eviction and all edges in one window are "
-                             "watched.")
+        raise sleep.BadInput(f"{path}: only models with hard eviction and all edges in one window "
+                             "are watched.")
     return model, task
 
 
@@ -91,8 +92,8 @@ def norm(x):
 
 
 def stopped(moved, threshold):
-    """moved (N, B) -> the pass (from 0) after which each window is asked: the first from the second on
-    that moves by less than the threshold, or the last."""
+    """moved (N, B) -> the pass (from 0) after which each window is asked: the first from the
+    second on that moves by less than the threshold, or the last."""
     small = moved < threshold
     small[0] = False
     small[-1] = True
@@ -100,7 +101,7 @@ def stopped(moved, threshold):
 
 
 def in_order(tokens, depths, first):
-    """The same trees with their edges sorted by depth: those of "parents", or of "children", first."""
+    """The same trees, edges sorted by depth: those of "parents", or of "children", come first."""
     n = depths.shape[1]
     edges = tokens[:, :2 * n].unflatten(1, (n, 2))             # (B, n, 2): node, parent
     asked = tokens[:, 2 * n:]
@@ -121,7 +122,7 @@ def measure(model, task, N, first=None):
     all_windows = torch.ones(len(tokens), dtype=torch.bool)
     kinds = {"all windows": all_windows}
     by_depth = {}
-    if facts:                              # trees: the depth of a window is that of its deepest node
+    if facts:                            # trees: the depth of a window is that of its deepest node
         depths = facts[0]
         deepest = depths.amax(1)
         kinds = {f"depth {d}": deepest == d for d in deepest.unique().tolist()}
@@ -158,7 +159,7 @@ def measure(model, task, N, first=None):
 # Picture and program
 
 def draw(found, path):
-    """Three panels: how far a pass moves, what is answered after it, and sleeps that stop by themselves."""
+    """Three panels: moves of a pass, answers after it, and sleeps that stop by themselves."""
     fig, axes = figure(1, 3, (14, 4.8))
     moves, answers, stops = axes[0]
     passes = range(1, found["passes"] + 1)
@@ -166,7 +167,8 @@ def draw(found, path):
         moves.plot(passes, numbers["h"], f"C{i}-", label=kind)
         moves.plot(passes, numbers["S"], f"C{i}:")
         answers.plot(passes, numbers["accuracy"], f"C{i}-")
-    moves.set(yscale="log", title="A pass moves h (lines), S (dots)", ylabel="|now - before| / |now|")
+    moves.set(yscale="log", title="A pass moves h (lines), S (dots)",
+              ylabel="|now - before| / |now|")
     answers.set(ylim=(0, 1.03), title="Asked after a pass", ylabel=METRIC_WORDS["accuracy"])
     for ax in (moves, answers):
         ax.axvline(found["N"], color="k", ls="--", lw=1)
@@ -174,15 +176,16 @@ def draw(found, path):
     stops.plot(passes, [1 - accuracy for accuracy in found["fixed"]], "k.-",
                label="so many passes for every window")
     for mark, (name, rows) in zip("o^", found["stops"].items()):
-        stops.plot([row["passes"] for row in rows], [1 - row["accuracy"] for row in rows], f"{mark}--",
+        wrong = [1 - row["accuracy"] for row in rows]
+        stops.plot([row["passes"] for row in rows], wrong, f"{mark}--",
                    label=f"until a pass moves {name} by less than {rows[0]['threshold']} to "
                          f"{rows[-1]['threshold']}")
     stops.set(yscale="log", title="A sleep that stops by itself", xlabel="passes of a sleep, mean",
               ylabel="share of answers wrong")
     stops.legend(fontsize=8)
     changed = "".join(f", --{flag}" for flag in found["changed"])
-    fig.suptitle(f"When to wake? {TASK_WORDS[found['task']][0]}, trained with N = {found['N']} (dashed)"
-                 f"{changed}", fontsize=10)
+    fig.suptitle(f"When to wake? {TASK_WORDS[found['task']][0]}, trained with N = {found['N']} "
+                 f"(dashed){changed}", fontsize=10)
     legend(fig, moves, "windows, by their deepest node" if found["task"] == "trees" else "")
     save_figure(fig, path)
 
@@ -203,8 +206,8 @@ def print_numbers(found):
         print(f"pass {n + 1:2}: accuracy {found['fixed'][n]:.3f}; {'; '.join(texts)}")
     for name, rows in found["stops"].items():
         for row in rows:
-            print(f"until {name} moves by less than {row['threshold']:.2f}: {row['passes']:5.2f} passes, "
-                  f"accuracy {row['accuracy']:.3f}")
+            print(f"until {name} moves by less than {row['threshold']:.2f}: {row['passes']:5.2f} "
+                  f"passes, accuracy {row['accuracy']:.3f}")
 
 
 @program
@@ -212,9 +215,12 @@ def main(argv):
     p = parser(__doc__)
     p.add_argument("checkpoint", type=Path, nargs="?")
     p.add_argument("--N", type=int, default=16, help="most passes (default: 16)")
-    p.add_argument("--first", choices=["parents", "children"], help="of trees: sort the edges of the test")
-    p.add_argument("--out", type=Path, help="the picture; default: N4-seed0-wake.png beside N4-seed0.pt")
-    p.add_argument("--draw", type=Path, metavar="FILE", help="draw a file of numbers; nothing is measured")
+    p.add_argument("--first", choices=["parents", "children"],
+                   help="of trees: sort the edges of the test")
+    p.add_argument("--out", type=Path,
+                   help="the picture; default: N4-seed0-wake.png beside N4-seed0.pt")
+    p.add_argument("--draw", type=Path, metavar="FILE",
+                   help="draw a file of numbers; nothing is measured")
     args = p.parse_args(argv)
     if args.draw:
         redraw(args.draw, args.out or picture_of(args.draw))

@@ -1,12 +1,12 @@
 """Which node does a model say? How far along the way is it?
 
     python -m lab.experiments.which_node out/experiments/khop/*.pt --out which_node.png
-    python -m lab.experiments.which_node out/experiments/trees/N4-seed?.pt --N 4 6 8    passes at the test
-    python -m lab.experiments.which_node --draw lab/results/khop-reach.json             draw it again
+    python -m lab.experiments.which_node out/experiments/trees/N4-seed?.pt --N 4 6 8
+    python -m lab.experiments.which_node --draw lab/results/khop-reach.json           draw it again
 
-A right answer lies so many edges from the node that is asked about. Walks the edges of the test from
-there, and counts at which one the model's answer lies, right or wrong. Checkpoints that were trained with
-the same N share a panel. Writes a picture and, beside it, its numbers.
+A right answer lies so many edges from the node that is asked about. Walks the edges of the test
+from there, and counts at which one the model's answer lies, right or wrong. Checkpoints that were
+trained with the same N share a panel. Writes a picture and, beside it, its numbers.
 """
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def walk(tokens, n, start, end):
 
 @torch.no_grad()
 def measure(model, task, N):
-    """{edges to the right answer: shares of answers that lie 0, 1, ..., n - 1 edges away, or elsewhere}"""
+    """{edges to the right answer: shares of answers that lie 0, ..., n - 1 edges away, or else}"""
     tokens, targets = task.test[:2]
     n = task.nodes
     asked = (targets >= 0)[0].nonzero().squeeze(1)             # the same places in every sequence
@@ -78,23 +78,25 @@ def draw(runs, path):
         ax.grid(False)
     axes[0, 0].set_ylabel("edges to the right answer")
     fig.colorbar(image, ax=axes[0, -1], label="share of answers")
-    fig.suptitle(f"{TASK_WORDS[runs[0]['task']][0]}: how far along the way is the node that a model says?\n"
-                 f"mean of seeds {', '.join(map(str, runs[0]['seeds']))}", fontsize=10)
+    fig.suptitle(f"{TASK_WORDS[runs[0]['task']][0]}: how far along the way is the node that a "
+                 "model says?\nmean of seeds "
+                 f"{', '.join(map(str, runs[0]['seeds']))}", fontsize=10)
     save_figure(fig, path)
 
 
 def load_models(paths):
-    """{N in training: [(seed, model, task)]} of the checkpoints, each once; BadInput if they do not fit."""
+    """{N in training: [(seed, model, task)]}, each checkpoint once; BadInput if they do not fit."""
     kinds = {}
     first_task = None
     for path in dict.fromkeys(path.resolve() for path in paths):
         model, task = when_to_wake.load(path)
         if model.cfg.L != 2 * task.nodes:                      # words, or padding
-            raise sleep.BadInput(f"{path}: its window holds more than edges; take a model of a cpu preset.")
+            raise sleep.BadInput(f"{path}: its window holds more than edges; take a model of a "
+                                 "cpu preset.")
         first_task = first_task or task
         if not torch.equal(task.test[0], first_task.test[0]):
-            raise sleep.BadInput(f"{path} has another test than {paths[0]}: take models of one task, with "
-                                 "the same settings of it.")
+            raise sleep.BadInput(f"{path} has another test than {paths[0]}: take models of one "
+                                 "task, with the same settings of it.")
         kinds.setdefault(model.cfg.N, []).append((task.seed, model, task))
     return dict(sorted(kinds.items()))
 
@@ -114,8 +116,8 @@ def measure_all(kinds, passes):
 
 
 def print_run(run):
-    print(f"trained with N = {run['trained']}, tested with {run['passes']}: of the answers to what lies k "
-          "edges away")
+    print(f"trained with N = {run['trained']}, tested with {run['passes']}: of the answers to "
+          "what lies k edges away")
     for k, row in run["share"].items():
         texts = [f"{i}: {share:.2f}" for i, share in enumerate(row[:-1]) if share >= SMALL]
         print(f"  k = {k}: so many lie so far:  {'  '.join(texts)}  elsewhere: {row[-1]:.2f}")
@@ -136,7 +138,8 @@ def main(argv):
     p.add_argument("checkpoint", type=Path, nargs="*")
     p.add_argument("--N", type=int, nargs="+", help="passes at the test; default: as in training")
     p.add_argument("--out", type=Path, help="the picture; default: out/which_node.png")
-    p.add_argument("--draw", type=Path, metavar="FILE", help="draw a file of numbers; nothing is measured")
+    p.add_argument("--draw", type=Path, metavar="FILE",
+                   help="draw a file of numbers; nothing is measured")
     args = p.parse_args(argv)
     if args.draw:
         redraw(args.draw, args.out or picture_of(args.draw))

@@ -49,7 +49,7 @@ def count_flop(model, tokens, targets, N=None):
     """FLOP of a loss and its gradients: matrix products and triangular systems, both ways."""
     systems = {torch.ops.aten.linalg_solve_triangular: solve_flop}
     counter = FlopCounterMode(display=False, custom_mapping=systems)
-    with counter, sdpa_kernel(SDPBackend.MATH):                # it does not see inside fused attention
+    with counter, sdpa_kernel(SDPBackend.MATH):            # it does not see inside fused attention
         loss = model(tokens, targets, N)[1]
         loss.backward()
     return counter.get_total_flops()
@@ -93,7 +93,7 @@ def block_merge(q, k, v, log_alpha, beta, S, chunk=64):
     T = q.shape[2]
     n = math.ceil(T / chunk)
     C = math.ceil(T / n)
-    padding = n * C - T                    # it decays nothing (log_alpha 0) and writes nothing (beta 0)
+    padding = n * C - T               # it decays nothing (log_alpha 0) and writes nothing (beta 0)
     q, k, v = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (n, C)) for x in (q, k, v))
     log_alpha, beta = (F.pad(x, (0, padding)).unflatten(2, (n, C)) for x in (log_alpha, beta))
     beta = beta[..., None]                                     # (B, H, n, C, 1)
@@ -201,8 +201,8 @@ def bench_rule(device, quick, compile, seconds):
                           for x, y in zip(both(rule), exact)]
                 row["error"] = max(errors)
                 row["both"] = timed(lambda: both(rule), device, seconds)
-                words = (f"forward {format_time(row['forward'])}, with backward {format_time(row['both'])}, "
-                         f"error {row['error']:.0e}")
+                words = (f"forward {format_time(row['forward'])}, with backward "
+                         f"{format_time(row['both'])}, error {row['error']:.0e}")
             except Exception as e:         # a kernel that refuses this GPU, or needs more memory
                 words = f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
                 row["failed"] = words
@@ -266,8 +266,9 @@ def bench_N(device, quick, compile, seconds):
                    peak=torch.cuda.max_memory_allocated() if on_gpu else None)
         rows.append(row)
         memory = f", peak {row['peak'] / 1e9:.2f} GB" if on_gpu else ""
-        print(f"  N = {N}: {format_time(t)}, {row['tokens_per_s']:,.0f} tokens/s, {row['ratio']:.2f} x "
-              f"N = 1, {100 * row['share']:.0f} % of the ceiling{memory}", flush=True)
+        print(f"  N = {N}: {format_time(t)}, {row['tokens_per_s']:,.0f} tokens/s, "
+              f"{row['ratio']:.2f} x N = 1, {100 * row['share']:.0f} % of the "
+              f"ceiling{memory}", flush=True)
     return rows
 
 
@@ -322,8 +323,8 @@ def bench_wake(device, quick, compile, seconds):
         rows.append(dict(N=N, wake=awake, sleep=asleep, bytes_S=bytes_S, bytes_cache=bytes_cache,
                          bytes_full_attention=bytes_cache * size["T"] // L))
         print(f"  N = {N}: a token {format_time(awake)}, a sleep {format_time(asleep)}", flush=True)
-    print(f"  bytes: S {bytes_S:,}, cache of a full window {bytes_cache:,}, of all {size['T']:,} tokens "
-          f"{rows[-1]['bytes_full_attention']:,}")
+    print(f"  bytes: S {bytes_S:,}, cache of a full window {bytes_cache:,}, of all {size['T']:,} "
+          f"tokens {rows[-1]['bytes_full_attention']:,}")
     return rows
 
 
@@ -368,7 +369,8 @@ def draw_N(ax, rows):
 def draw_L(ax, all_rows):
     for N in sorted({row["N"] for row in all_rows}):
         rows = [row for row in all_rows if row["N"] == N]
-        ax.plot([row["L"] for row in rows], [row["tokens_per_s"] for row in rows], "o-", label=f"N = {N}")
+        ax.plot([row["L"] for row in rows], [row["tokens_per_s"] for row in rows], "o-",
+                label=f"N = {N}")
     windows = sorted({row["L"] for row in all_rows})
     ax.set(xscale="log", yscale="log", xlabel="window in tokens; the last holds the whole sequence",
            ylabel="training tokens per second", title="The window (Figure 6)")
@@ -401,7 +403,8 @@ def main(argv):
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA only")
     p.add_argument("--out", type=Path,
                    help="a new folder; default: benchmark-DEVICE-MMDD-HHMMSS in out/")
-    p.add_argument("--draw", type=Path, metavar="FILE", help="draw a file of results; nothing is measured")
+    p.add_argument("--draw", type=Path, metavar="FILE",
+                   help="draw a file of results; nothing is measured")
     args = p.parse_args(argv)
     if args.draw:
         draw_file(args.draw)
@@ -415,7 +418,8 @@ def main(argv):
     try:
         out.mkdir(parents=True)
     except OSError as e:
-        raise sleep.BadInput(f"{out} cannot be made ({e.strerror}): choose another --out.") from None
+        raise sleep.BadInput(f"{out} cannot be made ({e.strerror}): choose another "
+                             "--out.") from None
     sleep.set_up_torch(device)
     name = sleep.device_name(device)
     print(f"{name}, torch {torch.__version__}, {'compiled' if compile else 'eager'}; medians and "

@@ -1,10 +1,11 @@
 """Draw runs: every metric against the tokens that were trained on.
 
-    python -m lab.tools.draw_runs out/khop-cpu-0102-030405              a folder of runs -> plot.png in it
-    python -m lab.tools.draw_runs lab/results/swaps.json                a file of runs -> lab/pictures/swaps.png
-    python -m lab.tools.draw_runs out/a out/b --merge c.json            many runs -> one new file, and c.png
+    python -m lab.tools.draw_runs out/khop-cpu-0102-030405       a folder of runs -> plot.png in it
+    python -m lab.tools.draw_runs lab/results/swaps.json   a file of runs -> lab/pictures/swaps.png
+    python -m lab.tools.draw_runs out/a out/b --merge c.json   many runs -> one new file, and c.png
 
-One panel a metric and case, one colour a kind of model, one line a seed. A run named twice is one run.
+One panel a metric and case, one colour a kind of model, one line a seed. A run named twice is one
+run.
 """
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from lab.experiments.plots import draw_chance, figure, legend, save_figure
 
 
 def rows_of_panels(chance):
-    """{metric: number or {case: number}} -> rows of (metric, case): a metric a row if it has cases."""
+    """{metric: number or {case: number}} -> rows of (metric, case); a metric with cases is a row."""
     rows = []
     for metric, value in chance.items():
         metric_cases = list(value) if isinstance(value, dict) else [None]

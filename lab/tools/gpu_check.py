@@ -2,10 +2,10 @@
 
     python -m lab.tools.gpu_check                 the GPU, if there is one; else what a CPU can tell
 
-Every case is trained twice from the same weights, for eight steps: plainly, and as sleep.train does it
-(fused by torch.compile, and on CUDA replayed from CUDA graphs, in bfloat16 where the GPU has it). Losses
-and the gradient of every parameter are compared. Batches have two lengths, N is drawn, attention thaws,
-and an evaluation comes in between.
+Every case is trained twice from the same weights, for eight steps: plainly, and as sleep.train
+does it (fused by torch.compile, and on CUDA replayed from CUDA graphs, in bfloat16 where the GPU
+has it). Losses and the gradient of every parameter are compared. Batches have two lengths, N is
+drawn, attention thaws, and an evaluation comes in between.
 """
 import sys
 import time
@@ -40,12 +40,12 @@ def make_batch(cfg, step, device):
 def make_model(cfg, device):
     torch.manual_seed(0)
     model = sleep.SleepLM(cfg).to(device)
-    torch.nn.init.normal_(model.head.weight)                   # initialised as 0, it would hide all others
+    torch.nn.init.normal_(model.head.weight)           # initialised as 0, it would hide all others
     return model
 
 
 def compare(change, compile, device):
-    """The largest relative difference of a loss or a gradient, and where; inf if one is not finite."""
+    """The largest relative difference of a loss or a gradient, and where; inf if not finite."""
     size = dict(T=69, L=16, d_model=64) if device == "cuda" else dict(T=25, L=6, d_model=16)
     cfg = sleep.Config(vocab_size=11, n_head=2, bf16=sleep.has_bf16(device), **size, **change)
     plain = make_model(cfg, device)
@@ -86,7 +86,8 @@ def compare(change, compile, device):
 def main(argv):
     p = parser(__doc__)
     p.add_argument("--device", default="auto", help="auto, cuda or cpu")
-    p.add_argument("--no_compile", action="store_true", help="graphs alone: tells faults of capture apart")
+    p.add_argument("--no_compile", action="store_true",
+                   help="graphs alone: tells faults of capture apart")
     args = p.parse_args(argv)
     device = torch.device(sleep.choose_device(args.device)).type
     on_gpu = device == "cuda"
@@ -108,17 +109,20 @@ def main(argv):
             worst, where = compare(change, not no_compile, device)
         except sleep.BadInput as e:
             worst, where = float("inf"), str(e)
-        print(f"  {words:52} largest difference {worst:.1e} ({where}), {time.monotonic() - start:.0f} s")
+        print(f"  {words:52} largest difference {worst:.1e} ({where}), "
+              f"{time.monotonic() - start:.0f} s")
         if worst > limit:
             bad.append(words)
     if bad and on_gpu:
-        sys.exit(f"not good: {'; '.join(bad)} differ by more than {limit:g}. Try --no_compile to see if "
-                 "compiling or capture is at fault; train with --recompute, which records no graph, or "
-                 "with --no-compile.")
+        sys.exit(f"not good: {'; '.join(bad)} differ by more than {limit:g}. Try --no_compile to "
+                 "see if compiling or capture is at fault; train with --recompute, which records "
+                 "no graph, or with --no-compile.")
     if bad:
-        sys.exit(f"not good: {'; '.join(bad)} differ by more than {limit:g}. Train with --no-compile.")
+        sys.exit(f"not good: {'; '.join(bad)} differ by more than {limit:g}. Train with "
+                 "--no-compile.")
     not_tried = "" if on_gpu else " CUDA graphs and bfloat16 were not tried: no GPU."
-    print(f"good: what is trained here is what the plain model trains, within {limit:g}.{not_tried}")
+    print("good: what is trained here is what the plain model trains, within "
+          f"{limit:g}.{not_tried}")
 
 
 if __name__ == "__main__":

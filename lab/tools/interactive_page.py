@@ -3,8 +3,8 @@
     python -m lab.tools.interactive_page lab/models/khop-N3.pt             -> sleep.html
     python -m lab.tools.interactive_page out/a/N4-seed0.pt --seed 3 --out my.html
 
-The cycle, S of every head, a slider for the window and the pass; a click on a question shows what the
-model would answer after every pass. Open it in a browser.
+The cycle, S of every head, a slider for the window and the pass; a click on a question shows what
+the model would answer after every pass. Open it in a browser.
 """
 import json
 import re

@@ -3,12 +3,12 @@
     python -m lab.tools.paper_figures                       the list
     python -m lab.tools.paper_figures 3                     Figure 3 at the paper's size
     python -m lab.tools.paper_figures 3 --share 0.1         with a tenth of its steps
-    python -m lab.tools.paper_figures 3 --preset cpu        a small one, minutes to an hour on two CPU cores
+    python -m lab.tools.paper_figures 3 --preset cpu  a small one, minutes on two CPU cores
     python -m lab.tools.paper_figures 2b --cost             only say what it will take
 
-Before it starts it says what it will take: FLOP, counted, and hours, from a short measurement here.
-Further flags are for all runs (--seed 0 1 2, --N ...). What a run leaves is kept as by lab.experiments:
-the same command goes on from the last evaluation.
+Before it starts it says what it will take: FLOP, counted, and hours, from a short measurement
+here. Further flags are for all runs (--seed 0 1 2, --N ...). What a run leaves is kept as by
+lab.experiments: the same command goes on from the last evaluation.
 """
 import time
 from typing import NamedTuple
@@ -40,7 +40,8 @@ def by_passes(task, *passes, flags=""):
 
 def by_depth(*depths, flags=""):
     """Rule 110 with one pass, asked for these many steps of the rule."""
-    return Experiment("ca", "", {f"--N 1 --t {t} {flags}".strip(): f"N = 1, t = {t}" for t in depths})
+    conditions = {f"--N 1 --t {t} {flags}".strip(): f"N = 1, t = {t}" for t in depths}
+    return Experiment("ca", "", conditions)
 
 
 SLIDING = "--L 512 --eviction sliding --warmup 1562 --batch_size 64 --recompute"
@@ -60,20 +61,22 @@ FIGURES = {
         "k hops: loss against hops",
         dict(paper=by_passes("khop", 1, 2, 4), cpu=by_passes("khop", 1, 2, 4)),
         "case", "loss", {},
-        "N = 1 makes almost no progress from 4 hops on, N = 2 stalls from 8 on, N = 4 starts on 16."),
+        "N = 1 makes almost no progress from 4 hops on, N = 2 stalls from 8 on, N = 4 starts on "
+        "16."),
     "4": Figure(
         "Word problems: hard eviction",
         dict(paper=by_passes("gsm", 1, 4, flags="--batch_size 64 --recompute"),
              cpu=by_passes("gsm", 1, 3)),
         "case", "accuracy", {},
-        "By operations, not by reads: 2 0.86, 4 0.92, 6 0.419 (N = 1) and 0.615 (N = 4), 8 0.210 and "
-        "0.272 (Ouro 1.4B, fine-tuned)."),
+        "By operations, not by reads: 2 0.86, 4 0.92, 6 0.419 (N = 1) and 0.615 (N = 4), 8 0.210 "
+        "and 0.272 (Ouro 1.4B, fine-tuned)."),
     "5": Figure(
         "Word problems: a sliding window",
         dict(paper=by_passes("gsm", 1, 4, flags=SLIDING),
              cpu=by_passes("gsm", 1, 3, flags="--L 16 --eviction sliding --warmup 500")),
         "case", "accuracy", {},
-        "By operations: 2 0.596 (N = 1) and 0.905 (N = 4), 8 0.116 and 0.137 (Ouro 1.4B, fine-tuned)."),
+        "By operations: 2 0.596 (N = 1) and 0.905 (N = 4), 8 0.116 and 0.137 (Ouro 1.4B, "
+        "fine-tuned)."),
 }
 
 
@@ -198,8 +201,8 @@ def main(argv):
     experiment = experiment._replace(question=f"Figure {name}: {paper_figure.about}")
     print(f"Figure {name}: {paper_figure.about}. The paper: {paper_figure.said}")
     total, seconds = cost(experiment, flags)
-    print(f"{len(experiment.conditions)} conditions, {total / 1e15:.3g} PFLOP; about {seconds / 3600:.2g} "
-          "hours on this device, as one eager step goes")
+    print(f"{len(experiment.conditions)} conditions, {total / 1e15:.3g} PFLOP; about "
+          f"{seconds / 3600:.2g} hours on this device, as one eager step goes")
     if not own.cost:
         runner.run(experiment, flags, f"figure-{name}", lambda *args: draw(name, *args))
 
