@@ -15,14 +15,14 @@ one pass, whatever N is. N = 1 is the plain hybrid of attention and SSM blocks.
   h          h          features, one vector of width d per token        (B, T, d)
   q k v      q k v      query, key, value                                (B, H, T, K or V)
   H, K, V               heads; sizes of a key and of a value: both d / H
-  P                     tokens of this window that are in the cache already
+  P                     tokens that are in the cache already
   C                     tokens of a chunk, in the chunked form of the rule
   alpha      alpha_t    the share of S that a token keeps; log_alpha <= 0   (B, H, T)
   beta       beta_t     how strongly a token is written, in (0, 1)       (B, H, T)
   S          S_t        fast weights: S k is close to v                  (B, H, V, K)
   L, N       L, N       window length; passes of a sleep
 
-The order of this file: the model and its sleep; its layers; the fast-weight rule, token by token.
+The order of this file: the fast-weight rule, token by token; the model and its sleep; its layers.
 Two parts can be skipped at first reading: the same rule as matrix products, and the checks of what
 is passed in. There the method ends. What follows trains it.
 
@@ -39,6 +39,34 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
+
+
+# ------------------------------------------------------------------------------------------------
+# The fast-weight rule
+
+def gated_delta_rule(q, k, v, log_alpha, beta, S, delta=True):
+    """One token after another: the definition, against which the chunked form is tested.
+
+        S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,    o_t = S_t q_t
+
+    This is Gated DeltaNet, which the experiments use: it writes v_t - alpha_t S_{t-1} k_t, what S
+    lacks at k_t. delta=False is Eq. 3, the gated Hebbian write S_t = alpha_t S_{t-1} + beta_t v_t k_t^T.
+    Shapes as in the glossary, else ValueError. Returns o (B, H, T, V) and the last S.
+    """
+    check_rule(q, k, v, log_alpha, beta, S)
+    outputs = []
+    for t in range(q.shape[2]):
+        q_t = q[:, :, t]                                       # (B, H, K)
+        k_t = k[:, :, t]
+        v_t = v[:, :, t]                                       # (B, H, V)
+        alpha_t = log_alpha[:, :, t].exp()                     # (B, H)
+        beta_t = beta[:, :, t]
+        S = alpha_t[..., None, None] * S                       # forget
+        if delta:
+            v_t = v_t - torch.einsum("bhvk,bhk->bhv", S, k_t)  # what S lacks at k_t
+        S = S + torch.einsum("bh,bhv,bhk->bhvk", beta_t, v_t, k_t)     # write
+        outputs.append(torch.einsum("bhvk,bhk->bhv", S, q_t))  # read
+    return torch.stack(outputs, 2), S
 
 
 # ------------------------------------------------------------------------------------------------
@@ -67,7 +95,7 @@ class Cache(NamedTuple):
     """What a block keeps of its latest tokens. It is emptied by hard eviction."""
     tail: torch.Tensor             # input of the short convolution (B, n, d)
     keys: torch.Tensor | None      # of attention (B, H, P, K); None in an SSM block
-    values: torch.Tensor | None    # of attention (B, H, P, V); None in an SSM block
+    values: torch.Tensor | None    # of attention (B, H, P, K); None in an SSM block
 
 
 class Memory(NamedTuple):
@@ -136,18 +164,18 @@ class SleepLM(nn.Module):
     def blocks_once(self, h, S, cache):
         S = list(S)
         cache = list(cache)
-        # Without autocast's own cache: it outlives a training step inside another autocast.
+        # No cache of cast weights: inside another autocast it would outlive the optimizer's step.
         with torch.autocast(h.device.type, torch.bfloat16, self.cfg.bf16, cache_enabled=False):
             for i, block in enumerate(self.blocks):
                 h, S[i], cache[i] = block(h, S[i], cache[i])
         return h, S, cache
 
     def sleep(self, h, memory, N=None):
-        """N passes over a window, then eviction (Algorithm 1, lines 6-7). N = 0: evicted unread.
+        """N passes over a window, then eviction (Algorithm 1, lines 6-7). N = 0: it is never read.
 
-        h (B, T <= L, d): embeddings of the window. h and S go from pass to pass. Every pass reads
-        the cache that the window began with (under hard eviction it is empty), and for sliding
-        eviction the last pass's cache is kept. Returns the memory after eviction.
+        h (B, T <= L, d): embeddings of the window. h and S go from pass to pass. The cache does not:
+        every pass starts from that of the windows before (empty under hard eviction), and sliding
+        eviction keeps the last pass's. Returns the memory after eviction.
         """
         N = self.cfg.N if N is None else whole_number("N", N, 0)
         self.check(h, memory, asleep=True)
@@ -203,11 +231,13 @@ class SleepLM(nn.Module):
         L = self.cfg.L
         silent = [True] * (T - M) + (targets < 0).all(0).tolist()          # T bools
         asleep = [all(silent[start:start + L]) for start in range(0, T, L)]
-        first_awake = L * asleep.index(False) if False in asleep else T
-        if first_awake < T - M:
-            warnings.warn(f"{T - M - first_awake} tokens of context share a window of L = {L} with "
-                          "an answer: the model does not sleep over them. If it should, fill whole "
-                          "windows (pad on the left).", stacklevel=3)
+        if False in asleep:
+            first_awake = L * asleep.index(False)
+            context = T - M if M < T else silent.index(False)              # tokens before the answers
+            if first_awake < context:
+                warnings.warn(f"{context - first_awake} tokens of context share a window of L = {L} "
+                              "with an answer: the model does not sleep over them. If it should, "
+                              "fill whole windows (pad on the left).", stacklevel=3)
         return asleep
 
     def algorithm_1(self, tokens, targets, asleep, N=None):
@@ -223,7 +253,8 @@ class SleepLM(nn.Module):
             h = self.embed(window)                                         # line 4
             if window_sleeps:                                              # line 5
                 memory = self.sleep(h, memory, passes)                     # lines 6-7
-                logits.append(h.new_zeros(()).expand(*window.shape, self.cfg.vocab_size))
+                nothing_said = h.new_zeros(()).expand(*window.shape, self.cfg.vocab_size)
+                logits.append(nothing_said)            # it has no loss, and takes no memory
             else:                                                          # line 9
                 window_logits, memory = self.wake(h, memory)               # line 10
                 logits.append(window_logits)
@@ -231,10 +262,7 @@ class SleepLM(nn.Module):
         # Only the last M positions have targets: windows before them are not even joined.
         first = (tokens.shape[1] - M) // self.cfg.L
         logits = torch.cat(logits[first:], 1)[:, -M:]                      # (B, M, vocab)
-        nothing = -1
-        targets = targets.long().clamp(min=nothing)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=nothing)
-        return logits, loss                                                # line 11
+        return logits, masked_cross_entropy(logits, targets)               # line 11
 
     @torch.no_grad()
     def stream(self, tokens, state=None):
@@ -255,7 +283,8 @@ class SleepLM(nn.Module):
             logits.append(token_logits)
             window = torch.cat([window, h], 1)
             if window.shape[1] == self.cfg.L:
-                # The sleep starts from the S before the window. What was written awake is dropped.
+                # The sleep starts from the S before the window; what was written awake is dropped.
+                # So pass 1 is computed twice: the simple way, not the cheapest.
                 before = self.sleep(window, before)
                 memory = before
                 window = window[:, :0]
@@ -271,6 +300,13 @@ class SleepLM(nn.Module):
         if too_long or in_the_middle:
             raise ValueError(f"{T} tokens do not fit into a window of L = {L} after {memory.n_awake} "
                              "that were read awake: evict first (a sleep begins its window).")
+
+
+def masked_cross_entropy(logits, targets):
+    """Mean over the targets that are not negative: logits (B, M, vocab), targets (B, M) -> nats."""
+    nothing = -1
+    targets = targets.long().clamp(min=nothing)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=nothing)
 
 
 def latest(x, n):
@@ -331,8 +367,9 @@ class FastWeights(nn.Module):
         self.ab = nn.Linear(d, 2 * H, bias=False)              # inputs of alpha and beta
         # log_alpha = -e^A_log softplus(a + dt_bias), with Mamba's names. At a = 0 and A_log = 0 half
         # of S is left after log 2 / softplus(dt_bias) tokens: the half-life of a head.
-        # Our choice: half-lives log-spaced over the heads, from 4 tokens to max(N, 4) * T. A sleep
-        # writes every token N times, so S has to outlast N * T writes: this is why T is needed.
+        # Our choice: half-lives log-spaced over the heads, from max(N, 4) * T tokens down to 4 (one
+        # head has the longest). A sleep writes every token N times, so S has to outlast N * T
+        # writes: this is why the model must know T.
         longest = max(cfg.N, 4) * cfg.T
         half_life = torch.logspace(math.log10(longest), math.log10(4), H)
         self.dt_bias = nn.Parameter(torch.log(torch.expm1(math.log(2) / half_life)))
@@ -363,6 +400,7 @@ class FastWeights(nn.Module):
             q = F.normalize(q.to(S.dtype), dim=-1)
             k = F.normalize(k.to(S.dtype), dim=-1)
             o, S = self.write_and_read(x.to(S.dtype), q, k, v.to(S.dtype), S)
+            # self.norm, with its weight in S's precision.
             o = F.rms_norm(o, self.norm.normalized_shape, self.norm.weight.to(o.dtype), self.norm.eps)
             o = o.transpose(1, 2).flatten(2)                   # (B, T, d)
         gated = o * F.silu(self.z(x))
@@ -390,7 +428,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(d, d, bias=False)
         self.o = nn.Linear(d, d, bias=False)
         # Keys are cached unrotated and rotated in every call. Scores depend on distances only, so
-        # positions count from the oldest token: at most L - 1 kept ones and L of this window.
+        # positions count from the oldest token: at most L - 1 of earlier windows, L of this one.
         K = d // self.H
         positions = torch.arange(2.0 * self.L)
         frequencies = 10000 ** (-torch.arange(0, K, 2) / K)
@@ -430,7 +468,7 @@ def rotate(x, cos, sin):
 
 
 class ShortConv(nn.Module):
-    """x_t + sum_j w_j * x_{t-j}: a causal convolution over a few tokens, each feature for itself."""
+    """x_t + sum_j w_j * x_{t-j}, j = 0 to 3: a causal convolution, each feature for itself."""
 
     def __init__(self, d, taps=4):
         super().__init__()
@@ -458,34 +496,6 @@ class Embed(nn.Embedding):
 
 
 # ------------------------------------------------------------------------------------------------
-# The fast-weight rule
-
-def gated_delta_rule(q, k, v, log_alpha, beta, S, delta=True):
-    """One token after another: the definition, against which the chunked form is tested.
-
-        S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,    o_t = S_t q_t
-
-    This is Gated DeltaNet, which the experiments use: it writes v_t - alpha_t S_{t-1} k_t, what S
-    lacks at k_t. delta=False is Eq. 3, the gated Hebbian write S_t = alpha_t S_{t-1} + beta_t v_t k_t^T.
-    Shapes as in the glossary, else ValueError. Returns o (B, H, T, V) and the last S.
-    """
-    check_rule(q, k, v, log_alpha, beta, S)
-    outputs = []
-    for t in range(q.shape[2]):
-        q_t = q[:, :, t]                                       # (B, H, K)
-        k_t = k[:, :, t]
-        v_t = v[:, :, t]                                       # (B, H, V)
-        alpha_t = log_alpha[:, :, t].exp()                     # (B, H)
-        beta_t = beta[:, :, t]
-        S = alpha_t[..., None, None] * S                       # forget
-        if delta:
-            v_t = v_t - torch.einsum("bhvk,bhk->bhv", S, k_t)  # what S lacks at k_t
-        S = S + torch.einsum("bh,bhv,bhk->bhvk", beta_t, v_t, k_t)     # write
-        outputs.append(torch.einsum("bhvk,bhk->bhv", S, q_t))  # read
-    return torch.stack(outputs, 2), S
-
-
-# ------------------------------------------------------------------------------------------------
 # Skip this at first reading: the same rule, faster
 
 def gated_delta_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64):
@@ -496,7 +506,7 @@ def gated_delta_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64):
         o_i = e^{c_i} S q_i + sum_{j<=i} e^{c_i - c_j} (q_i . k_j) u_j
     with c the running sum of log_alpha, and S the state before the chunk. The first line is a
     triangular system for u; without delta u_i = beta_i v_i. Rounding: in float32 outputs differ from
-    the token-by-token form by some 1e-6, and by up to 1e-4 after strong forgetting inside a chunk.
+    the token-by-token form by about 1e-6, and by up to 1e-4 after strong forgetting inside a chunk.
     """
     check_rule(q, k, v, log_alpha, beta, S)
     outputs = []
@@ -571,7 +581,7 @@ def check_batch(tokens, targets, vocab_size):
     if not torch.is_tensor(targets):
         raise ValueError(f"targets must be a tensor (B, M) of integers; this is a "
                          f"{type(targets).__name__}: take torch.as_tensor(targets).")
-    of_integers = not (targets.is_floating_point() or targets.dtype == torch.bool)
+    of_integers = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
     fits = targets.ndim == 2 and len(targets) == len(tokens) and 1 <= targets.shape[1] <= tokens.shape[1]
     if not of_integers or not fits:
         raise ValueError(f"targets must be (B, M) integers for tokens (B, T), with M from 1 to T; these "
@@ -637,10 +647,11 @@ from tqdm import tqdm
 # A task is a class, Task(args, seed), with
 #   name, vocab_size, T         T = tokens of one sequence
 #   make_batch(step)            -> tokens (B, T), targets (B, M) of a training step, and further
-#                               facts if score wants any; from seed and step alone
+#                               facts if score wants any; from seed and step alone, on args.device
 #   test                        a batch that is never trained on
 #   chance                      the score of the best constant guess on it
-#   score(tokens, targets, logits, *facts)     -> {metric: number, or {case: number}}
+#   score(tokens, targets, logits, *facts)     -> {metric: number, or {case: number}}; logits
+#                               (B, M, vocab)
 # and, if it likes,
 #   show(tokens, targets)       -> one example as text
 
@@ -656,8 +667,8 @@ def train(task, cfg, settings, path, make_model=None, draw_N=None):
     """Train one model -> the model, its optimizers, and its run, a dict (see lab/pages/files.md).
 
     settings: the flags of this model, a dict. path: of its checkpoint; training goes on from there
-    if it exists. make_model(cfg, settings) gives a model that is not SleepLM; draw_N(step, settings)
-    the passes of a training step, if they are not always settings["N"].
+    if it exists. make_model(cfg, settings) gives another model than SleepLM, a subclass of it;
+    draw_N(step, settings) the passes of a training step, if they are not always settings["N"].
 
     Every `eval_every` steps: evaluate, and save all that it takes to go on exactly from here.
     BadInput if the loss or a weight is not finite.
@@ -667,8 +678,7 @@ def train(task, cfg, settings, path, make_model=None, draw_N=None):
     gradients = make_gradients(model, settings["compile"], settings["recompute"])
     start = time.monotonic() - run["seconds"]
     first = run["steps"]
-    # Both stay on the device, so that a step does not wait for it.
-    loss_sum = torch.zeros((), device=settings["device"])
+    loss_sum = torch.zeros((), device=settings["device"])      # both are read every eval_every steps
     grad_max = torch.zeros((), device=settings["device"])      # largest gradient norm
     progress = tqdm(range(first, steps), path.stem, steps, leave=False, initial=first, disable=None)
     for step in progress:
@@ -727,7 +737,11 @@ def begin(task, cfg, settings, path, make_model=None):
 
 
 def set_phase(model, optimizers, settings, step):
-    """The rates of this step; and the warm-up of Section 6.4: attention is frozen, eviction is hard."""
+    """The rates of this step; and the warm-up of Section 6.4: attention is frozen, eviction is hard.
+
+    Our choice, as the models start from scratch: whole attention blocks are frozen, with their MLP;
+    SSM blocks, embedding and head learn.
+    """
     warming_up = step < settings["warmup"]
     cooldown_steps = max(1.0, settings["cooldown"] * settings["steps"])
     rate = min(1.0, (settings["steps"] - step) / cooldown_steps)           # falls to 0 at the end
@@ -852,7 +866,7 @@ def format_metrics(metrics):
 # The machine: the one place that decides device, bfloat16 and compiling
 
 def choose_device(wanted="auto"):
-    """"auto", "cpu", "cuda", "cuda:1" or "mps" -> the device. auto: cuda if there is one, else cpu.
+    """auto, cpu, cuda, cuda:1 or mps -> the device. auto: cuda if there is one, else cpu.
 
     BadInput if it is not there. MPS is taken only when asked for: nothing here has run on one.
     """
@@ -894,7 +908,7 @@ def has_bf16(device):
 
 
 def why_no_compile(device):
-    """What torch.compile lacks on this device, in words; "" if nothing."""
+    """What torch.compile lacks on this device, in words; an empty string if nothing."""
     kind = torch.device(device).type
     try:
         torch.compile(nn.Identity())
@@ -907,15 +921,26 @@ def why_no_compile(device):
             return "the GPU is too old for Triton, which needs compute capability 7.0"
         if find_spec("triton") is None:
             return "Triton is not installed"
-    compilers = [os.environ.get("CC" if kind == "cuda" else "CXX")]
-    compilers += ["cl"] if os.name == "nt" else ["g++", "clang++"] if kind == "cpu" else ["gcc", "clang"]
-    if not any(shutil.which(name) for name in compilers if name):
-        return f"there is no C{'++' * (kind == 'cpu')} compiler (looked for {compilers[1]})"
+    if not has_compiler(kind):
+        return f"there is no {'C' if kind == 'cuda' else 'C++'} compiler"
     return ""
+
+
+def has_compiler(kind):
+    """Triton, on a GPU, compiles C; on a CPU torch.compile needs C++."""
+    if kind == "cuda":
+        names = ["gcc", "clang", os.environ.get("CC")]
+    else:
+        names = ["g++", "clang++", os.environ.get("CXX")]
+    if os.name == "nt":
+        names = ["cl"]
+    return any(name and shutil.which(name) for name in names)
 
 
 def set_up_torch(device):
     """Global switches of torch: once, before anything is computed or compiled."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high" if torch.device(device).type == "cuda" else "highest")
     torch.backends.cuda.enable_cudnn_sdp(False)        # its backward pass has had NaN bugs
     torch._dynamo.config.recompile_limit = 1000        # a graph for each shape and kind of call
@@ -1020,7 +1045,7 @@ def locked(path):
             else:
                 import fcntl
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):             # the second on Windows
             raise BadInput(f"another process is training {path.stem} in {path.parent}: wait for it, or "
                            "choose another --out.") from None
         except OSError:
@@ -1184,11 +1209,12 @@ def run_all(name, args, plans, out, make_model=None, draw_N=None):
             raise BadInput(f"{path} is gone, but its .json is not: choose another --out.")
         *_, run = begin(task, cfg, settings, path, make_model)
         print(f"{path.stem}: {run['parameters']:,} parameters, step {run['steps']} of {args.steps}")
+    task, cfg, _ = plans[0]
     refuse_random_batches(task)
     write_text(out / "command.txt", " ".join(sys.argv) + "\n")
     precision = "bfloat16 and float32" if cfg.bf16 else "float32"
-    print(f"{run['device']}, {precision}, {'compiled' * args.compile or 'not compiled'}, torch "
-          f"{torch.__version__}")
+    compiled = "compiled" if args.compile else "not compiled"
+    print(f"{run['device']}, {precision}, {compiled}, torch {torch.__version__}")
     if args.preset != "cpu" and args.device == "cpu":
         print(f"--preset {args.preset} is meant for a GPU: on this CPU it may take days.")
     if hasattr(task, "show"):
@@ -1259,7 +1285,7 @@ class CudaGraphs:
         with torch.cuda.stream(self.side):
             losses = [self.step(tokens, targets, asleep, N).item() for _ in range(3)]
         torch.cuda.current_stream().wait_stream(self.side)
-        if not math.isclose(losses[1], losses[2], rel_tol=1e-3):
+        if math.isfinite(losses[2]) and not math.isclose(losses[1], losses[2], rel_tol=1e-3):
             raise BadInput("a pass of this model is random, which a CUDA graph is not: add --recompute.")
         graph = torch.cuda.CUDAGraph()
         try:
