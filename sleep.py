@@ -203,7 +203,8 @@ class SleepLM(nn.Module):
         """
         self.check(h, memory)
         h_out, S, cache = self.one_pass(h, memory.S, memory.cache)
-        logits = self.head(self.norm(h_out))
+        with torch.autocast(h.device.type, enabled=False):     # in the precision of its weights
+            logits = self.head(self.norm(h_out))
         return logits, Memory(S, cache, memory.n_awake + h.shape[1])
 
     def forward(self, tokens, targets, N=None):
@@ -229,7 +230,7 @@ class SleepLM(nn.Module):
         T = tokens.shape[1]
         M = targets.shape[1]
         L = self.cfg.L
-        silent = [True] * (T - M) + (targets < 0).all(0).tolist()          # T bools
+        silent = [True] * (T - M) + (targets.long() < 0).all(0).tolist()   # T bools
         asleep = [all(silent[start:start + L]) for start in range(0, T, L)]
         if False in asleep:
             first_awake = L * asleep.index(False)
@@ -586,9 +587,9 @@ def check_batch(tokens, targets, vocab_size):
     if not of_integers or not fits:
         raise ValueError(f"targets must be (B, M) integers for tokens (B, T), with M from 1 to T; these "
                          f"are {targets.dtype}, {tuple(targets.shape)}, for {tuple(tokens.shape)}.")
-    if targets.device.type != "cuda" and targets.max() >= vocab_size:
+    if targets.device.type != "cuda" and targets.long().max() >= vocab_size:
         raise ValueError(f"targets must be below {vocab_size}, the size of the vocabulary, or negative "
-                         f"for nothing; the largest is {targets.max()}.")
+                         f"for nothing; the largest is {targets.long().max()}.")
 
 
 def check_features(h, memory, cfg):
