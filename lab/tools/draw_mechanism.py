@@ -97,13 +97,13 @@ def draw(path):
     last = second + WIDTH + GAP
     symbol(ax, 4.8, PASS_AT[0] + BAR / 2, "S = 0", S)
     arrow(ax, S, [(8.4, PASS_AT[0] + BAR / 2), (LEFT, PASS_AT[0] + BAR / 2)])
-    for x, number, signs in ((first, 1, "730416"), (second, 2, "915847")):
+    for x, number, signs in ((first, 1, "730416"), (second, 2, "475991")):
         column(ax, x, f"window {number}: L tokens", "asleep, N = 3", ASLEEP, signs)
         cells(ax, x, EVICTED_AT, "✕" * 6, FADED, size=20)
         text(ax, x + WIDTH / 2, 42.7, r"evicted: cache and $\mathit{h}$")
         carry(ax, x)
-    column(ax, last, "answer window", "awake: 2 steps after 0?", AWAKE, "20", ["one pass"])
-    text(ax, last + WIDTH / 2, PASS_AT[1] + 1.6, "answer: 7", size=15, weight="bold")
+    column(ax, last, "answer window", "awake: 2 hops after 5?", AWAKE, "25", ["one pass"])
+    text(ax, last + WIDTH / 2, PASS_AT[1] + 1.6, "answer: 1", size=15, weight="bold")
     for y, name, words, color in ((40, "h", "features", H), (36, "S", "fast weights", S)):
         symbol(ax, last + 4, y, name, color)
         text(ax, last + 6, y, words, color, 14, ha="left")
