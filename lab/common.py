@@ -6,6 +6,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -81,9 +82,13 @@ def check_output(path, suffix):
         raise sleep.BadInput(f"--out {path}: take a name that ends in {suffix}.")
     if path.is_dir():
         raise sleep.BadInput(f"--out {path} is a folder: name a file.")
-    probe = path.with_name(f"{path.name}.probe")
-    sleep.write_text(probe, "")
-    probe.unlink()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(f"{path.name}.tmp")
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise sleep.BadInput(f"--out {path} cannot be written ({e.strerror}).") from None
 
 
 def picture_of(path):
@@ -141,7 +146,8 @@ def load_runs(path):
     """The runs of a folder, or of a file with one run or {"runs": [...]}; BadInput if broken."""
     path = Path(path)
     if path.is_dir():
-        runs = [run for file in path.glob("N*-seed*.json") for run in load_runs(file)]
+        files = [file for file in path.iterdir() if re.fullmatch(r"N\d+-seed\d+\.json", file.name)]
+        runs = [run for file in files for run in load_runs(file)]
     else:
         results = read_results(path)
         runs = results.get("runs", [results])

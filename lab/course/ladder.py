@@ -79,7 +79,7 @@ truth = {k: walk(a, b, k) for k in (1, 2, 3, 4)}
 # The steps
 
 def hebbian():
-    """1. Hebbian write: S <- S + v k^T. A matrix is a memory: S k is v and a little of the others."""
+    """1. Hebbian write: S <- S + v k^T. A matrix is a memory: S k is v, and some of the others."""
     S = write(empty, key(1, a), node[b], delta=False)
     return {"one cycle": right(read(S, key(1, everyone)), truth[1])}
 

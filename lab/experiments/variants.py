@@ -113,7 +113,7 @@ class ChangedSleep(sleep.SleepLM):
         return self.after_each_pass(h, memory, N)[-1]
 
     def after_each_pass(self, h, memory, N=None):
-        """N + 1 memories: what is left after 0, 1, ..., N passes over the window, and an eviction."""
+        """N + 1 memories: what is left after 0, ..., N passes over the window, and an eviction."""
         N = self.cfg.N if N is None else sleep.whole_number("N", N, 0)
         self.check(h, memory, asleep=True)
         embedded = h

@@ -16,7 +16,7 @@ from lab.experiments.plots import draw_chance, figure, legend, save_figure
 
 
 def rows_of_panels(chance):
-    """{metric: number or {case: number}} -> rows of (metric, case); a metric with cases is a row."""
+    """{metric: number or {case: number}} -> rows of (metric, case); cases make a row."""
     rows = []
     for metric, value in chance.items():
         metric_cases = list(value) if isinstance(value, dict) else [None]
