@@ -1,9 +1,9 @@
 """Rule 110: does a deeper question need more sleep? (Sections 4 and 6.1, Figure 2)
 
-A few random tapes of W cells on a ring, cells as tokens, one tape a window; then a separator and
-one label a tape: its first cell after t steps of the rule. Every tape is evicted before the first
-label is asked for. The tapes take the same room whatever t is, and the question gets deeper (until
-t = W / 2 more of their cells matter, too).
+A sequence shows a few random tapes of W cells on a ring: cells as tokens, one tape a window. Then
+come a separator and one label a tape. The label is the tape's first cell after t steps of the rule.
+Every tape is evicted before the first label is asked for. The tapes take the same space for every
+t, but a larger t is a deeper question. (Until t = W / 2 more cells matter, too.)
 
     0 1 1 0 | 1 0 0 1 | = y1        inputs of two tapes of W = 4 cells, three windows
                         y1 y2       targets of the last window
@@ -11,8 +11,8 @@ t = W / 2 more of their cells matter, too).
     python train_ca.py                            N = 1 against N = 3, minutes on two CPU cores
     python train_ca.py --preset paper             Section 6.1's model and data, for a GPU
 
-paper does not say: where the tape ends; here it is a ring. Between borders of zeros the first cell
-would be constant from t = 12 on.
+Our choice: the tape is a ring. Between borders of zeros the first cell would be constant from
+t = 12 on.
 """
 from functools import cache
 
@@ -37,89 +37,129 @@ FLAGS = dict(
     W="cells of a ring",
     tapes="tapes in a sequence",
     split="which patterns are kept for the test: the number of a hash")
+SEPARATOR = 2                                                  # 0 and 1 are the cells
 
 
 def evolve(cells, rule, t):
     """t steps of an elementary rule on a ring; cells (..., W) of 0 and 1."""
     table = (rule >> torch.arange(8, device=cells.device)) & 1     # bit 4l + 2c + r of the rule
     for _ in range(t):
-        cells = table[4 * cells.roll(1, -1) + 2 * cells + cells.roll(-1, -1)]
+        left = cells.roll(1, -1)
+        right = cells.roll(-1, -1)
+        cells = table[4 * left + 2 * cells + right]
     return cells
 
 
 @cache
 def deciding(rule, t, W):
-    """Mask of the cells that matter: a switch of one changes the label of 30 % of 2^12 random tapes.
+    """The cells that matter, as a number with their bits: cell i is bit i.
 
-    Of all cells if these are fewer than 7, too few to hold patterns of them out.
+    A cell matters if flipping it changes the label of at least 30 % of 2^12 random tapes. Fewer
+    than 7 such cells have too few patterns to hold some out: then all cells count.
     """
-    tapes = torch.randint(2, (2 ** 12, W), generator=torch.Generator().manual_seed(0))
-    label = lambda tapes: evolve(tapes, rule, t)[:, 0]
-    before = label(tapes)
-    bits = [1 << i for i, switch in enumerate(torch.eye(W, dtype=torch.long))
-            if (label(tapes ^ switch) != before).float().mean() >= 0.3]
-    return sum(bits) if len(bits) >= 7 else (1 << W) - 1
+    g = torch.Generator().manual_seed(0)
+    tapes = torch.randint(2, (2 ** 12, W), generator=g)
+    labels = evolve(tapes, rule, t)[:, 0]
+    cells = []
+    for i in range(W):
+        flipped = tapes.clone()
+        flipped[:, i] = 1 - flipped[:, i]
+        changed = evolve(flipped, rule, t)[:, 0] != labels
+        if changed.float().mean() >= 0.3:
+            cells.append(i)
+    if len(cells) < 7:
+        cells = range(W)
+    return sum(1 << i for i in cells)
 
 
 class Tapes:
-    """The task, as sleep.main wants it. Tokens: 0, 1 the cells, 2 the separator."""
-    name, vocab_size = "ca", 3
+    """The task, as sleep.main wants it. Tokens: 0 and 1, the cells and the labels; a separator."""
+    name = "ca"
+    vocab_size = 3
 
     def __init__(self, args, seed):
-        self.rule, self.t, self.W, self.n_tapes = args.rule, args.t, args.W, args.tapes
-        self.batch_size, self.seed, self.device = args.batch_size, seed, args.device
+        self.rule = args.rule
+        self.t = args.t
+        self.W = args.W
+        self.n_tapes = args.tapes
         self.split = args.split
-        if not (0 <= self.rule <= 255 and 0 <= self.split < 1000):
-            raise sleep.BadInput(f"--rule {self.rule} must be an elementary rule, 0 to 255, and "
-                                 f"--split {self.split} from 0 to 999.")
-        if not (8 <= self.W <= 60 and 0 <= self.t <= 1000 and 1 <= self.n_tapes <= 10_000):
-            raise sleep.BadInput(f"--W {self.W} --t {self.t} --tapes {self.n_tapes}: a ring has 8 to "
-                                 "60 cells, t is 0 to 1,000, and there are 1 to 10,000 tapes.")
+        self.batch_size = args.batch_size
+        self.seed = seed
+        self.device = args.device
+        if not 0 <= self.rule <= 255:
+            raise sleep.BadInput(f"--rule {self.rule} must be an elementary rule, 0 to 255.")
+        if not 0 <= self.split < 1000:
+            raise sleep.BadInput(f"--split {self.split} must be from 0 to 999.")
+        if not 8 <= self.W <= 60:
+            raise sleep.BadInput(f"--W {self.W}: a ring has 8 to 60 cells.")
+        if not 0 <= self.t <= 1000:
+            raise sleep.BadInput(f"--t {self.t} must be from 0 to 1,000 steps of the rule.")
+        if not 1 <= self.n_tapes <= 10_000:
+            raise sleep.BadInput(f"--tapes {self.n_tapes} must be from 1 to 10,000.")
         if args.L < 1 or (self.W * self.n_tapes) % args.L:
-            raise sleep.BadInput(f"--L {args.L} must divide the {self.n_tapes} * {self.W} cells, so "
-                                 "that all of them are evicted before the first label.")
-        self.T = (self.W + 1) * self.n_tapes
+            raise sleep.BadInput(f"--L {args.L} must divide the {self.n_tapes} * {self.W} cells, "
+                                 "so that all of them are evicted before the first label.")
+        self.T = self.n_tapes * self.W + 1 + (self.n_tapes - 1)        # see make_batch
         self.bits = deciding(self.rule, self.t, self.W)
         self.test = self.make_batch(-1)
-        labels = self.test[1]
-        commonest = labels.unique(dim=0, return_counts=True)[1].max().item()
-        one = labels.float().mean(0)       # share of ones, tape by tape
-        self.chance = dict(exact=commonest / len(labels), bit=one.maximum(1 - one).mean().item())
+        self.chance = self.best_constant(self.test[1])
+
+    def best_constant(self, labels):
+        """The score of the best constant guess: for `exact` one row, for `bit` one label a tape.
+
+        labels (B, tapes)
+        """
+        _, counts = labels.unique(dim=0, return_counts=True)
+        ones = labels.float().mean(0)                          # share of ones, tape by tape
+        return dict(exact=counts.max().item() / len(labels),
+                    bit=ones.maximum(1 - ones).mean().item())
 
     def held_out(self, tape):
-        """Is it for the test? One in eight of the patterns of the cells that matter is, with all of
-        its tapes: the test asks new questions, unless `deciding` found fewer than 7 such cells."""
+        """Is a tape (any shape, numbers whose bit i is cell i) for the test? -> bool, same shape
+
+        One in eight of the patterns of the cells that matter is, with all tapes that show it. So
+        the test asks new questions, unless `deciding` found fewer than 7 such cells.
+        """
         x = tape & self.bits
         x = (x ^ (x >> 30)) + self.split * 0x9E3779B9
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):             # mix (MurmurHash3)
-            x = ((x ^ ((x & 0xFFFFFFFF) >> shift)) * factor) & 0xFFFFFFFF
-        return (x ^ (x >> 16)) < 2 ** 29
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):     # the mixing of MurmurHash3
+            x = x ^ ((x & 0xFFFFFFFF) >> shift)
+            x = (x * factor) & 0xFFFFFFFF
+        x = x ^ (x >> 16)
+        return x < 2 ** 29                                     # of 2^32
 
     def make_batch(self, step):
-        """Step -> tokens (B, T), targets (B, tapes), from seed and step alone; -1 is the test set."""
+        """Step -> tokens (B, T), targets (B, tapes), from seed and step alone; -1 is the test."""
         test = step < 0
-        B, draws = (2048, 256) if test else (self.batch_size, 16)
-        g = torch.Generator(self.device).manual_seed(0 if test else self.seed * 10 ** 9 + step + 1)
-        # A tape is a number, bit i its cell i. Of many draws one from the right side is taken; all
-        # of them being on the wrong one has a probability below 1e-14.
+        B = 2048 if test else self.batch_size
+        draws = 256 if test else 16
+        g = torch.Generator(self.device)
+        g.manual_seed(0 if test else self.seed * 10 ** 9 + step + 1)
+        # Of many draws the first one on the right side is taken. That all of them are on the wrong
+        # side has a probability below 1e-14.
         tape = torch.randint(1 << self.W, (B, self.n_tapes, draws), generator=g, device=self.device)
-        right = self.held_out(tape) == test
-        tape = tape.gather(-1, right.int().argmax(-1, keepdim=True))               # (B, tapes, 1)
-        cells = (tape >> torch.arange(self.W, device=self.device)) & 1             # (B, tapes, W)
-        labels = evolve(cells, self.rule, self.t)[..., 0]                          # (B, tapes)
-        separator = torch.full_like(labels[:, :1], 2)
-        return torch.cat([cells.flatten(1), separator, labels[:, :-1]], 1), labels
+        right_side = self.held_out(tape) == test
+        first = right_side.int().argmax(-1, keepdim=True)
+        tape = tape.gather(-1, first)                          # (B, tapes, 1)
+        cells = (tape >> torch.arange(self.W, device=self.device)) & 1         # (B, tapes, W)
+        labels = evolve(cells, self.rule, self.t)[..., 0]      # (B, tapes)
+        separator = torch.full_like(labels[:, :1], SEPARATOR)
+        tokens = torch.cat([cells.flatten(1), separator, labels[:, :-1]], 1)
+        return tokens, labels
 
     def score(self, tokens, labels, logits):
-        right = logits.argmax(-1) == labels
+        """Share of sequences with all labels right, and of labels. logits (B, tapes, 3)"""
+        right = logits.argmax(-1) == labels                    # (B, tapes)
         return dict(exact=right.all(1).float().mean().item(), bit=right.float().mean().item())
 
     def show(self, tokens, labels):
-        text = []
+        """One example as text. tokens (T,), labels (tapes,)"""
+        lines = []
         for i, label in enumerate(labels.tolist()):
-            cells = "".join(map(str, tokens[i * self.W:][:self.W].tolist()))
-            text.append(f"  {cells}  first cell after {self.t} steps of rule {self.rule}: {label}")
-        return "\n".join(text)
+            tape = tokens[i * self.W: (i + 1) * self.W].tolist()
+            cells = "".join(str(cell) for cell in tape)
+            lines.append(f"  {cells}  first cell after {self.t} steps of rule {self.rule}: {label}")
+        return "\n".join(lines)
 
 
 if __name__ == "__main__":
