@@ -451,6 +451,8 @@ class Attention(nn.Module):
             position = torch.arange(P + T, device=x.device)
             distance = position[P:, None] - position
             mask = (distance >= 0) & (distance < self.L)       # (T, P + T)
+        if x.device.type == "mps":
+            v = v.contiguous()             # other layouts have given wrong values there
         q_rotated = rotate(q, self.cos[P:P + T], self.sin[P:P + T])
         k_rotated = rotate(k, self.cos[:P + T], self.sin[:P + T])
         o = F.scaled_dot_product_attention(q_rotated, k_rotated, v, attn_mask=mask, is_causal=P == 0)
@@ -1193,7 +1195,8 @@ def make_folder(args, name):
         return args.out
     out = args.out or Path("out") / time.strftime(f"{name}-{args.preset}-%m%d-%H%M%S")
     try:
-        out.mkdir(parents=True)                                # of two processes one makes a folder
+        if not (out.is_dir() and not any(out.iterdir())):      # an empty folder is as good as none
+            out.mkdir(parents=True)                            # of two processes one makes it
     except OSError as e:
         raise BadInput(f"{out} cannot be made ({e.strerror}): add --resume to go on with what is in "
                        "it, or choose another --out.") from None
