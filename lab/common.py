@@ -65,7 +65,9 @@ def program(main):
             if sys.stdout is not None:
                 sys.stdout.flush()
         except sleep.BadInput as e:
-            print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+            path = Path(sys.argv[0])
+            name = path.parent.name if path.name == "__main__.py" else path.name
+            print(f"{name}: {e}", file=sys.stderr)
             sys.exit(2)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
