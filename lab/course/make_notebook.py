@@ -1,0 +1,90 @@
+"""Run the cells of a notebook from top to bottom and store what they show, without Jupyter.
+
+    python -m lab.course.make_notebook                       lab/course/sleep.ipynb, in place
+    python -m lab.course.make_notebook FILE --out OTHER      another notebook, another place
+
+Text is what a cell prints; pictures are the figures that it leaves open.
+"""
+import base64
+import contextlib
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["MPLBACKEND"] = "Agg"           # figures without a screen: before matplotlib is imported
+
+from lab.common import LAB, parser, program
+from sleep import BadInput, write_text
+
+NOTEBOOK = LAB / "course" / "sleep.ipynb"
+
+
+def read(path):
+    """A notebook as a dict; BadInput if the file is none."""
+    try:
+        notebook = json.loads(Path(path).read_text(encoding="utf-8"))
+        notebook["cells"]
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise BadInput(f"{path} is no notebook ({type(e).__name__}).") from None
+    return notebook
+
+
+def run_cells(notebook):
+    """Run all code cells in one namespace and replace their outputs. Errors are not caught."""
+    namespace = {"__name__": "__main__"}
+    count = 0
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        count += 1
+        printed = io.StringIO()
+        code = compile("".join(cell["source"]), f"cell {count}", "exec")
+        with contextlib.redirect_stdout(printed):
+            exec(code, namespace)
+        cell["execution_count"] = count
+        cell["outputs"] = outputs(printed.getvalue())
+
+
+def outputs(text):
+    """A cell's outputs, as the notebook format wants them."""
+    found = []
+    if text:
+        found.append({"output_type": "stream", "name": "stdout", "text": text.splitlines(True)})
+    for png in open_figures():
+        data = {"image/png": base64.b64encode(png).decode(), "text/plain": ["<Figure>"]}
+        found.append({"output_type": "display_data", "metadata": {}, "data": data})
+    return found
+
+
+def open_figures():
+    """All open figures as png, which are closed."""
+    if "matplotlib.pyplot" not in sys.modules:
+        return []
+    from matplotlib import pyplot as plt
+    pictures = []
+    for number in plt.get_fignums():
+        file = io.BytesIO()
+        plt.figure(number).savefig(file, format="png", dpi=75, bbox_inches="tight")
+        plt.close(number)
+        pictures.append(file.getvalue())
+    return pictures
+
+
+@program
+def main(argv):
+    p = parser(__doc__)
+    p.add_argument("notebook", type=Path, nargs="?", default=NOTEBOOK, help="default: sleep.ipynb")
+    p.add_argument("--out", type=Path, help="where it is stored; default: where it was")
+    args = p.parse_args(argv)
+    out = args.out or args.notebook
+    if out.suffix != ".ipynb":
+        raise BadInput(f"{out}: take a name that ends in .ipynb.")
+    notebook = read(args.notebook)
+    run_cells(notebook)
+    write_text(out, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
