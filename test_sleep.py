@@ -773,14 +773,16 @@ def test_training_inside_another_autocast_is_training_outside_of_it():
     for outer in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16),
                   torch.autocast("cpu", enabled=False)):
         model = tiny(bf16=True, layout="as").float()
-        f = sleep.make_gradients(model, False, False)
         optimizers = sleep.make_optimizers(model, 1e-2, 1e-2)
         tokens = random_tokens(T=11)
         with outer:
             for _ in range(12):
-                loss = f(tokens, tokens[:, :1], 2)
-                for optimizer in optimizers:
-                    optimizer.step()
+                model.zero_grad()
+                loss = model(tokens, tokens[:, :1])[1]
+                with torch.autocast("cpu", enabled=False):     # as PyTorch advises for backward
+                    loss.backward()
+                    for optimizer in optimizers:
+                        optimizer.step()
         losses.append(loss.item())
     assert losses[0] == losses[1] == losses[2], losses
 
@@ -1270,7 +1272,7 @@ def test_compiled_blocks_are_the_plain_ones_and_neither_N_nor_windows_nor_layers
 def test_attention_that_thaws_after_a_warm_up_gets_its_gradients_when_it_is_compiled():
     sleep.set_up_torch("cpu")
     torch._dynamo.reset()
-    tokens = random_tokens(T=6)
+    tokens = random_tokens(T=5)
     models = [tiny(), tiny()]
     with compiled_with("aot_eager"):
         compiled = sleep.make_gradients(models[0], True, False)
@@ -1279,8 +1281,8 @@ def test_attention_that_thaws_after_a_warm_up_gets_its_gradients_when_it_is_comp
             for model in models:
                 for block in model.blocks:
                     block.requires_grad_(block.kind == "s" or step >= 2)
-            compiled(tokens, targets_for(tokens, 1), 2)
-            plain(tokens, targets_for(tokens, 1), 2)
+            compiled(tokens, tokens, 2)
+            plain(tokens, tokens, 2)
             for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
                 assert (p.grad is None) == (q.grad is None), (step, name)
                 if q.grad is not None:
@@ -1290,12 +1292,12 @@ def test_attention_that_thaws_after_a_warm_up_gets_its_gradients_when_it_is_comp
 
 def test_a_copy_an_average_and_a_pickle_of_a_compiled_model_compute_with_their_own_weights():
     sleep.set_up_torch("cpu")
-    tokens = random_tokens(T=11)
-    targets = targets_for(tokens, 1)
+    tokens = random_tokens(T=10)
+    targets = targets_for(tokens, 5)
     for recompute in (False, True):
         torch._dynamo.reset()
         model = tiny(layout="as")
-        with compiled_with("aot_eager"):
+        with compiled_with("eager"):
             sleep.make_gradients(model, True, recompute)(tokens, targets, 2)
             copied = copy.deepcopy(model)
             averaged = torch.optim.swa_utils.AveragedModel(model)
@@ -1460,15 +1462,15 @@ def a_step_on_meta(module, task, args, eviction):
 
 
 def test_no_tensor_of_a_batch_or_a_step_is_made_on_another_device():
-    for module, flags in ((train_ca, "--batch_size 8"), (train_khop, "--preset gpu --batch_size 8"),
-                          (train_khop, "--preset paper --batch_size 2 --layout as"),
-                          (train_gsm, "--tests 40 --batch_size 4")):
+    for module, flags, eviction in (
+            (train_ca, "--batch_size 8", "hard"), (train_ca, "--batch_size 8", "sliding"),
+            (train_khop, "--batch_size 8", "sliding"),
+            (train_khop, "--words --feed --L 24 --n_law law --batch_size 8", "hard"),
+            (train_gsm, "--tests 40 --batch_size 4", "hard")):
         args = settings(module, flags)
-        args.compile = False
-        for eviction in EVICTIONS:
-            task = TASKS[module](args, 0)
-            with device_without_data():
-                a_step_on_meta(module, task, args, eviction)
+        task = TASKS[module](args, 0)
+        with device_without_data():
+            a_step_on_meta(module, task, args, eviction)
     with device_without_data():
         args = settings(train_ca, "--batch_size 8")
         task = TASKS[train_ca](args, 0)
@@ -1864,7 +1866,6 @@ def test_a_script_refuses_bad_input_in_one_line_with_status_2():
             (train_ca, "must divide", "--L 9"), (train_ca, "--rule 256", "--rule 256"),
             (train_ca, "8 to 60 cells", "--W 4 --L 4"), (train_ca, "0 to 1,000", "--t 99999"),
             (train_ca, "--split 1000", "--split 1000"), (train_ca, "--tapes 0", "--tapes 0"),
-            (train_ca, "must divide", "--L 0"),
             (train_khop, "--K 0 must be", "--K 0"), (train_khop, "--K 12 must be", "--K 12"),
             (train_khop, "--queries 13", "--queries 13"), (train_khop, "--nodes 4", "--nodes 4"),
             (train_khop, "be padding", "--L 49"), (train_khop, "--L 0 must be", "--L 0"),
