@@ -2,13 +2,17 @@
 
     python -m lab.tools.gpu_check                 the GPU, if there is one; else what a CPU can tell
 
-Every case is trained twice from the same weights, for eight steps: plainly, and as sleep.train
-does it (fused by torch.compile, and on CUDA replayed from CUDA graphs, in bfloat16 where the GPU
-has it). Losses and the gradient of every parameter are compared. Batches have two lengths, N is
-drawn, attention thaws, and an evaluation comes in between.
+Every case is trained three times from the same weights, for eight steps: in float32; plainly, in the
+precision of this device (bfloat16 where the GPU has it); and as sleep.train does it (fused by
+torch.compile, and on CUDA replayed from CUDA graphs). All gradients of a step are one vector. How
+far is it from that of float32? What is trained has to be at most twice as far as the plain model
+is: rounding is then as it should be. Batches have two lengths, N is drawn, attention thaws, and an
+evaluation comes in between.
 """
+import math
 import sys
 import time
+from dataclasses import replace
 
 import torch
 
@@ -43,42 +47,56 @@ def make_model(cfg, device):
     return model
 
 
-def compare(change, compile, device):
-    """The largest relative difference of a loss or a gradient, and where; inf if not finite."""
+def gradient_vector(model):
+    """All gradients of a step as one vector, in float64. A parameter that is frozen counts as 0."""
+    vectors = []
+    for p in model.parameters():
+        trained = p.grad is not None and p.requires_grad
+        vectors.append(p.grad.flatten() if trained else torch.zeros_like(p).flatten())
+    return torch.cat(vectors).double()
+
+
+def compare(change, compile, device, bf16):
+    """The largest relative distance of a step's gradients from float32: plainly, and as trained.
+
+    inf if a number is not finite.
+    """
     size = dict(T=69, L=16, d_model=64) if device == "cuda" else dict(T=23, L=6, d_model=16)
-    cfg = sleep.Config(vocab_size=11, n_head=2, bf16=sleep.has_bf16(device), **size, **change)
+    cfg = sleep.Config(vocab_size=11, n_head=2, bf16=bf16, **size, **change)
+    exact = make_model(replace(cfg, bf16=False), device)
     plain = make_model(cfg, device)
     trained = make_model(cfg, device)
-    gradients_plain = sleep.make_gradients(plain, compile=False, recompute=True)
-    gradients_trained = sleep.make_gradients(trained, compile=compile, recompute=False)
-    worst = 0.0
-    where = "nothing"
+    models = [exact, plain, trained]
+    gradients = [sleep.make_gradients(exact, compile=False, recompute=True),
+                 sleep.make_gradients(plain, compile=False, recompute=True),
+                 sleep.make_gradients(trained, compile=compile, recompute=False)]
+    farthest = {"plain": 0.0, "trained": 0.0}
     for step in range(STEPS):
         tokens, targets = make_batch(cfg, step, device)
         frozen = cfg.eviction == "sliding" and step < 4
-        for model in (plain, trained):
+        for model in models:
             for block in model.blocks:
                 block.requires_grad_(block.kind == "s" or not frozen)
-        N = 1 + step % 3
-        pairs = [("the loss", gradients_plain(tokens, targets, N).clone(),
-                  gradients_trained(tokens, targets, N).clone())]
-        for (name, p), q in zip(plain.named_parameters(), trained.parameters()):
-            if p.grad is not None and q.requires_grad:
-                pairs.append((name, p.grad, q.grad))
-        for name, a, b in pairs:
-            if not (a.isfinite().all() and b.isfinite().all()):
-                return float("inf"), f"{name} in step {step}"
-            difference = ((a - b).norm() / a.norm().clamp(min=1e-12)).item()
-            if difference > worst:
-                worst = difference
-                where = f"{name} in step {step}"
+        vectors = []
+        for model, gradients_of in zip(models, gradients):
+            loss = gradients_of(tokens, targets, 1 + step % 3)
+            vectors.append(torch.cat([gradient_vector(model), loss.double()[None]]))
+        for name, vector in zip(farthest, vectors[1:]):
+            distance = ((vector - vectors[0]).norm() / vectors[0].norm()).item()
+            farthest[name] = max(farthest[name], distance if math.isfinite(distance) else math.inf)
         with torch.no_grad():
-            trained(tokens, targets, N)    # an evaluation between two steps
-            for p, q in zip(plain.parameters(), trained.parameters()):
+            trained(tokens, targets, 2)    # an evaluation between two steps
+            for p, q, r in zip(*(model.parameters() for model in models)):
                 if p.grad is not None and p.requires_grad:
                     p.sub_(0.02 * p.grad)
                     q.copy_(p)
-    return worst, where
+                    r.copy_(p)
+    return farthest["plain"], farthest["trained"]
+
+
+def is_good(plain, trained):
+    """Both near float32, and what is trained at most twice as far as the plain model is."""
+    return plain < 0.1 and trained <= 2 * plain + 1e-4
 
 
 @program
@@ -92,12 +110,8 @@ def main(argv):
     on_gpu = device == "cuda"
     no_compile = "asked for" if args.no_compile else sleep.why_no_compile(device)
     sleep.set_up_torch(device)
-    limit = 1e-4
-    if sleep.has_bf16(device):             # it has 8 bits of mantissa
-        limit = 3e-2
-    elif on_gpu:                           # TF32 has 10
-        limit = 1e-2
-    precision = "bfloat16" if sleep.has_bf16(device) else "float32"
+    bf16 = sleep.has_bf16(device)
+    precision = "bfloat16" if bf16 else "float32"
     print(f"{sleep.device_name(device)}, torch {torch.__version__}; "
           f"{f'not compiled ({no_compile})' if no_compile else 'compiled'}"
           f"{', replayed from CUDA graphs' if on_gpu else ''}, {precision}")
@@ -105,23 +119,23 @@ def main(argv):
     for words, change in CASES.items():
         start = time.monotonic()
         try:
-            worst, where = compare(change, not no_compile, device)
+            plain, trained = compare(change, not no_compile, device, bf16)
         except sleep.BadInput as e:
-            worst, where = float("inf"), str(e)
-        print(f"  {words:52} largest difference {worst:.1e} ({where}), "
-              f"{time.monotonic() - start:.0f} s")
-        if worst > limit:
+            print(f"  {words}: {e}")
             bad.append(words)
-    if bad and on_gpu:
-        sys.exit(f"not good: {'; '.join(bad)} differ by more than {limit:g}. Try --no_compile to "
-                 "see if compiling or capture is at fault; train with --recompute, which records "
-                 "no graph, or with --no-compile.")
+            continue
+        print(f"  {words:52} from float32: plainly {plain:.1e}, as trained {trained:.1e}, "
+              f"{time.monotonic() - start:.0f} s")
+        if not is_good(plain, trained):
+            bad.append(words)
     if bad:
-        sys.exit(f"not good: {'; '.join(bad)} differ by more than {limit:g}. Train with "
-                 "--no-compile.")
+        advice = "Train with --no-compile."
+        if on_gpu:
+            advice = ("Try --no_compile to see if compiling or capture is at fault; train with "
+                      "--recompute, which records no graph, or with --no-compile.")
+        sys.exit(f"not good: {'; '.join(bad)}. {advice}")
     not_tried = "" if on_gpu else " CUDA graphs and bfloat16 were not tried: no GPU."
-    print("good: what is trained here is what the plain model trains, within "
-          f"{limit:g}.{not_tried}")
+    print(f"good: what is trained here is what the plain model trains.{not_tried}")
 
 
 if __name__ == "__main__":
