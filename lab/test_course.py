@@ -126,6 +126,14 @@ def printed(cell):
     return "".join("".join(output["text"]) for output in cell["outputs"] if "text" in output)
 
 
+def alike(text, other):
+    """Are two texts equal, up to 0.02 in numbers with a point? A CPU may round in another way."""
+    number = r"\d+\.\d+"
+    pairs = zip(re.findall(number, text), re.findall(number, other))
+    close = all(abs(float(a) - float(b)) <= 0.02 for a, b in pairs)
+    return close and re.sub(number, "", text) == re.sub(number, "", other)
+
+
 def n_pictures(cell):
     return sum("image/png" in output.get("data", {}) for output in cell["outputs"])
 
@@ -165,7 +173,7 @@ def test_the_notebook_shows_what_its_cells_print_and_its_solutions_are_right():
             assert printed(before).endswith(": not solved yet.\n"), printed(before)
             assert ": right." in printed(after), printed(after)
         elif "varies" not in tags(before):                     # of the machine, and of the training
-            assert printed(before) == printed(after), "".join(before["source"])
+            assert alike(printed(before), printed(after)), (printed(before), printed(after))
 
 
 def test_the_notebook_is_what_jupyter_opens():
