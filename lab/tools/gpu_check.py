@@ -43,7 +43,8 @@ def make_batch(cfg, step, device):
 def make_model(cfg, device):
     torch.manual_seed(0)
     model = sleep.SleepLM(cfg).to(device)
-    torch.nn.init.normal_(model.head.weight)           # initialised as 0, it would hide all others
+    # Initialised as 0, the head would hide all gradients before it.
+    torch.nn.init.normal_(model.head.weight, std=cfg.d_model ** -0.5)
     return model
 
 
@@ -95,8 +96,11 @@ def compare(change, compile, device, bf16):
 
 
 def is_good(plain, trained):
-    """Both near float32, and what is trained at most twice as far as the plain model is."""
-    return plain < 0.1 and trained <= 2 * plain + 1e-4
+    """Is what is trained at most twice as far from float32 as the plain model is?
+
+    Random models are sensitive: in bfloat16 the plain model itself may be a third away.
+    """
+    return plain < 0.5 and trained <= 2 * plain + 1e-4
 
 
 @program
