@@ -13,8 +13,6 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["MPLBACKEND"] = "Agg"           # figures without a screen: before matplotlib is imported
-
 from lab.common import LAB, parser, program
 from sleep import BadInput, write_text
 
@@ -33,6 +31,7 @@ def read(path):
 
 def run_cells(notebook):
     """Run all code cells in one namespace and replace their outputs. Errors are not caught."""
+    os.environ["MPLBACKEND"] = "Agg"       # figures without a screen, once matplotlib is imported
     namespace = {"__name__": "__main__"}
     count = 0
     for cell in notebook["cells"]:
