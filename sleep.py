@@ -221,8 +221,6 @@ class SleepLM(nn.Module):
         """
         check_batch(tokens, targets, self.cfg.vocab_size)
         asleep = self.windows_asleep(tokens, targets)
-        if all(asleep):
-            raise ValueError("all targets are negative: nothing is predicted, so there is no loss.")
         return self.algorithm_1(tokens, targets, asleep, N)
 
     def windows_asleep(self, tokens, targets):
@@ -232,13 +230,14 @@ class SleepLM(nn.Module):
         L = self.cfg.L
         silent = [True] * (T - M) + (targets.long() < 0).all(0).tolist()   # T bools
         asleep = [all(silent[start:start + L]) for start in range(0, T, L)]
-        if False in asleep:
-            first_awake = L * asleep.index(False)
-            context = T - M if M < T else silent.index(False)              # tokens before the answers
-            if first_awake < context:
-                warnings.warn(f"{context - first_awake} tokens of context share a window of L = {L} "
-                              "with an answer: the model does not sleep over them. If it should, "
-                              "fill whole windows (pad on the left).", stacklevel=3)
+        if all(asleep):
+            raise ValueError("all targets are negative: nothing is predicted, so there is no loss.")
+        first_awake = L * asleep.index(False)
+        context = T - M if M < T else silent.index(False)                  # tokens before the answers
+        if first_awake < context:
+            warnings.warn(f"{context - first_awake} tokens of context share a window of L = {L} with "
+                          "an answer: the model does not sleep over them. If it should, fill whole "
+                          "windows (pad on the left).", stacklevel=3)
         return asleep
 
     def algorithm_1(self, tokens, targets, asleep, N=None):
@@ -637,6 +636,7 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
 import textwrap
 import threading
 import time
@@ -926,6 +926,8 @@ def why_no_compile(device):
             return "Triton is not installed"
     if not has_compiler(kind):
         return f"there is no {'C' if kind == 'cuda' else 'C++'} compiler"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "the headers of Python are missing (the package python3-dev)"
     return ""
 
 
@@ -943,7 +945,7 @@ def has_compiler(kind):
 def set_up_torch(device):
     """Global switches of torch: once, before anything is computed or compiled."""
     if torch.device(device).type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(torch.device(device).index or 0)
     torch.set_float32_matmul_precision("high" if torch.device(device).type == "cuda" else "highest")
     torch.backends.cuda.enable_cudnn_sdp(False)        # its backward pass has had NaN bugs
     torch._dynamo.config.recompile_limit = 1000        # a graph for each shape and kind of call
@@ -1104,8 +1106,8 @@ def parse(doc, presets, flags, argv=None):
         device = choose_device(args.device)
     except BadInput as e:
         p.error(e)
-    no_compile = why_no_compile(device)
-    defaults = dict(compile=torch.device(device).type == "cuda" and not no_compile)
+    on_cuda = torch.device(device).type == "cuda"
+    defaults = dict(compile=on_cuda and not why_no_compile(device))
     values = DEFAULTS | defaults | presets[args.preset]
     p.add_argument("-h", "--help", action="help", help="show this")
     for flag, words in (flags | FLAGS).items():
@@ -1123,8 +1125,8 @@ def parse(doc, presets, flags, argv=None):
     args = p.parse_args(argv)
     args.device = device
     args.eval_every = args.eval_every or max(1, args.steps // 10)
-    if args.compile and no_compile:
-        p.error(f"--compile: {no_compile}. Leave it out.")
+    if args.compile and why_no_compile(device):
+        p.error(f"--compile: {why_no_compile(device)}. Leave it out.")
     return p, args
 
 
@@ -1178,8 +1180,7 @@ def main(doc, presets, flags, Task, argv=None, make_model=None, draw_N=None):
     except BadInput as e:
         p.error(e)
     except torch.OutOfMemoryError:
-        p.error("there is not enough memory on this GPU: try --recompute, a smaller --batch_size, or "
-                "--no-compile.")
+        p.error("there is not enough memory on this GPU: try --recompute or a smaller --batch_size.")
     except (KeyboardInterrupt, BrokenPipeError) as e:
         if isinstance(e, BrokenPipeError):                     # as by `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1218,6 +1219,8 @@ def run_all(name, args, plans, out, make_model=None, draw_N=None):
     write_text(out / "command.txt", " ".join(sys.argv) + "\n")
     precision = "bfloat16 and float32" if cfg.bf16 else "float32"
     compiled = "compiled" if args.compile else "not compiled"
+    if torch.device(args.device).type == "cuda" and not args.compile:
+        compiled += f" ({why_no_compile(args.device) or 'as asked for'})"
     print(f"{run['device']}, {precision}, {compiled}, torch {torch.__version__}")
     if args.preset != "cpu" and args.device == "cpu":
         print(f"--preset {args.preset} is meant for a GPU: on this CPU it may take days.")
