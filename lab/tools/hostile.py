@@ -31,6 +31,17 @@ from lab.common import parser, program
 
 SCRIPTS = {"train_ca": "Tapes", "train_khop": "Cycles", "train_gsm": "Problems"}
 SMALL = ["--steps", "2", "--batch_size", "2", "--d_model", "8", "--n_head", "1"]
+GOOD = {                                   # values that often fit; other flags take the preset's
+    "N": ["1", "2", "3"], "N_test": ["0", "1", "4"], "seed": ["0", "7", "1000000"], "steps": ["1", "3"],
+    "batch_size": ["1", "3"], "L": ["6", "8", "12", "16", "24", "48"], "layout": ["a", "s", "sa", "asas"],
+    "d_model": ["4", "8", "16"], "n_head": ["1", "2"], "eviction": ["hard", "sliding"],
+    "update_rule": ["delta", "hebbian", "gated_hebbian"], "conv": ["", "a", "s"], "warmup": ["0", "1"],
+    "cooldown": ["0", "0.5", "1"], "eval_every": ["1", "2"], "lr_muon": ["1e-3", "0.1"],
+    "lr_adamw": ["1e-3"], "device": ["cpu", "auto"], "preset": ["cpu"], "nodes": ["7", "9", "16"],
+    "K": ["1", "3", "6"], "queries": ["1", "4"], "n_law": ["all", "law"], "deeper": ["0", "0.5"],
+    "t": ["0", "3", "9"], "W": ["8", "16"], "rule": ["30", "90", "255"], "tapes": ["1", "3"],
+    "split": ["0", "5"], "reads": ["1", "2", "5"], "questions": ["1", "4"], "p": ["5", "11"],
+    "places": ["5", "9"], "animals": ["2", "3"], "T": ["48", "60"]}
 NUMBERS = ["0", "1", "2", "3", "-1", "7", "12", "16", "24", "1000000000000", "0.5", "1e-3", "nan", "inf", "x",
            "", "1.0", "٣", "0x10"]
 WORDS = ["as", "a", "s", "", "hard", "sliding", "gated_delta", "delta", "hebbian", "law", "all", "mix", "%s",
@@ -68,7 +79,9 @@ def draw_line(rng, flags):
         if flag in ("compile", "recompute", "words", "feed"):
             line.append(rng.choice([f"--{flag}", f"--no-{flag}"]))
             continue
-        values = [rng.choice(NUMBERS + WORDS) for _ in range(rng.choice([1, 1, 1, 2, 0]))]
+        how_many = rng.choice([1, 1, 1, 1, 1, 1, 2, 0])
+        pool = GOOD.get(flag, ["1"]) if rng.random() < 0.75 else NUMBERS + WORDS
+        values = [rng.choice(pool) for _ in range(how_many)]
         line += [f"--{flag}", *values]
     return line
 
@@ -131,10 +144,10 @@ def draw_call(rng):
     """A call of the library with some strange argument, as a function of no arguments."""
     layout = rng.choice(["as", "s", "a", "asas"])
     L = rng.choice([1, 4, 8, np.int64(8)])
-    N = rng.choice([1, 2, np.int32(2), True, -1, 0, 1.0, "2", None, [1, 2], torch.tensor(2)])
-    dtype = rng.choice([torch.long, torch.int32, torch.int16, torch.uint8, torch.float32, torch.bool])
-    T = rng.choice([1, 8, 9, 16, 0])
-    M = rng.choice([1, 2, T, 0, 20])
+    N = rng.choice([1, 2, 3, np.int32(2), None, None, True, -1, 0, 1.0, "2", [1, 2], torch.tensor(2)])
+    dtype = rng.choice([torch.long, torch.long, torch.int32, torch.int16, torch.uint8, torch.float32, torch.bool])
+    T = rng.choice([1, 8, 8, 9, 9, 16, 0])
+    M = rng.choice([1, 1, 2, T, 0, 20])
     wrong_batch = rng.random() < 0.1
     kind = rng.choice(["forward", "forward", "forward", "stream", "sleep", "wake", "rule"])
 
