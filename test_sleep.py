@@ -1,6 +1,6 @@
 """Every claim of sleep.py and the three train scripts: a test with the claim as its name.
 
-    python test_sleep.py              all of them, and those of lab/test_lab.py if it is there
+    python test_sleep.py              all of them, and those of lab/test_*.py if they are there
     python test_sleep.py rule wake    those whose names contain one of the words
 
 The tests are in the order of sleep.py. No GPU, no compiler and no network is needed. Exit status: 0
@@ -9,6 +9,7 @@ only if all of them ran and passed. pytest can collect this file, too.
 import ast
 import contextlib
 import copy
+import importlib
 import io
 import json
 import math
@@ -550,18 +551,21 @@ def test_tokens_may_be_integers_of_any_type():
 
 
 def test_context_that_shares_a_window_with_an_answer_is_said_in_a_warning():
-    model = tiny()
-    tokens = random_tokens(T=12)
-    for M, T, expected in ((2, 12, None), (7, 12, None), (1, 12, "1 tokens of context"),
-                           (1, 10, "4 tokens of context"), (3, 13, None), (12, 12, None)):
+    model = tiny()                                             # L = 5
+    for T, M, expected in ((12, 2, None), (12, 7, None), (13, 3, None), (12, 12, None),
+                           (12, 1, "1 tokens of context"), (10, 1, "4 tokens of context")):
         tokens = random_tokens(T=T)
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            model(tokens, targets_for(tokens, M))
-        if expected is None:
-            assert not said, (M, T)
-        else:
-            assert expected in str(said[0].message) and "fill whole windows" in str(said[0].message)
+        short = targets_for(tokens, M)
+        full = F.pad(short, (T - M, 0), value=-100)            # as long as the tokens
+        for targets in (short, full):
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                model(tokens, targets)
+            if expected is None:
+                assert not said, (M, T)
+            else:
+                text = str(said[0].message)
+                assert expected in text and "fill whole windows" in text, text
 
 
 def test_N_may_be_given_per_call_and_per_window():
@@ -1871,12 +1875,12 @@ def test_a_script_refuses_bad_input_in_one_line_with_status_2():
             (train_khop, "be padding", "--L 49"), (train_khop, "--L 0 must be", "--L 0"),
             (train_khop, "cut a question", "--L 9"), (train_khop, "--n_law some", "--n_law some"),
             (train_khop, "--deeper", "--deeper 2"),
-            (train_gsm, "must be a prime", "--p 9"), (train_gsm, "must be a prime", "--p 3"),
+            (train_gsm, "must be a prime", "--p 9"), (train_gsm, "--p 3 must be", "--p 3"),
             (train_gsm, "--animals 13", "--animals 13"), (train_gsm, "never full", "--L 49"),
             (train_gsm, "--questions 0", "--questions 0"), (train_gsm, "--L 0 must", "--L 0"),
             (train_gsm, "--reads 0 must", "--reads 0"), (train_gsm, "--tests 3", "--tests 3"),
-            (train_gsm, "1 to 4,900", "--places 1000000"),
-            (train_gsm, "leave enough of", "--questions 40"),
+            (train_gsm, "--places 1000000", "--places 1000000"),
+            (train_gsm, "40 questions", "--questions 40"),
             (train_gsm, "take more --places", "--places 2"),
             (train_gsm, "million tokens", "--tests 100000 --T 3000")):
         status, _, err = script(module, flags)
@@ -2379,41 +2383,44 @@ def test_zebra_is_not_reached(): pass
         assert done.returncode == 2 and "python -O" in done.stderr and done.stderr.count("\n") == 1
 
 
-def tests_of(path):
-    """The names of the tests in a file, in its order, without importing it."""
-    found = []
+def tests_of(path, module):
+    """The tests in a file, in its order, as module:name, without importing it."""
+    names = []
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            found.append(node.name)
-    return found
+            if node.name in names:
+                sys.exit(f"{path}: two tests are named {node.name}, so one of them would not run.")
+            names.append(node.name)
+    return [f"{module}:{name}" for name in names]
 
 
-def run_here(names):
+def sentence(test):
+    module, name = test.split(":")
+    return name.removeprefix("test_").replace("_", " ")
+
+
+def run_here(tests):
     """Run tests in this process, and print a line for each."""
-    places = dict(globals())
-    if (HERE / "lab" / "test_lab.py").exists():
-        try:
-            from lab import test_lab
-            places = vars(test_lab) | places
-        except Exception:
-            traceback.print_exc()                              # its tests are missing in the sum
-    for name in names:
-        if name not in places:
-            continue
+    for test in tests:
+        module, name = test.split(":")
         start = time.monotonic()
         try:
-            places[name]()
+            if module == "test_sleep":
+                globals()[name]()
+            else:
+                getattr(importlib.import_module(module), name)()
             word = "ok  "
         except (Exception, SystemExit):
             traceback.print_exc()
             word = "FAIL"
-        seconds = time.monotonic() - start
-        print(f"{word}  {seconds:5.1f} s  {name[5:].replace('_', ' ')}", flush=True)
+        print(f"{word}  {time.monotonic() - start:5.1f} s  {sentence(test)}", flush=True)
 
 
-def run_in_two_processes(names):
-    """Run tests in two processes, print what they print -> {name as words: ok or FAIL}."""
-    results = {}
+def run_in_two_processes(tests):
+    """Run tests in two processes, and print what they print -> lists of the sentences that passed
+    and of those that failed. A test whose process died is in neither."""
+    passed = []
+    failed = []
 
     def follow(part):
         command = [sys.executable, "-u", __file__, "--here", *part]
@@ -2423,16 +2430,19 @@ def run_in_two_processes(names):
             print(line, end="", flush=True)
             found = re.fullmatch(r"(ok  |FAIL)  +[\d.]+ s  (.*)\n", line)
             if found:
-                results[found[2]] = found[1].strip()
+                results = failed if found[1] == "FAIL" else passed
+                results.append(found[2])
         process.wait()
 
-    halves = [half for half in (names[::2], names[1::2]) if half]
-    threads = [threading.Thread(target=follow, args=(half,)) for half in halves]
+    threads = []
+    for part in (tests[::2], tests[1::2]):
+        if part:
+            threads.append(threading.Thread(target=follow, args=(part,)))
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return results
+    return passed, failed
 
 
 def main():
@@ -2447,27 +2457,21 @@ def main():
     if any(word.startswith("-") for word in words):
         print(__doc__)
         sys.exit(0 if words[0] in ("-h", "--help") else 2)
-    names = []
-    for path in (Path(__file__), HERE / "lab" / "test_lab.py"):
-        if path.exists():
-            names += tests_of(path)
-    if len(set(names)) < len(names):
-        print("test_sleep.py: two tests have one name, so one would not run.", file=sys.stderr)
-        sys.exit(2)
+    tests = tests_of(Path(__file__), "test_sleep")
+    for path in sorted((HERE / "lab").glob("test_*.py")):
+        tests += tests_of(path, f"lab.{path.stem}")
     if words:
-        names = [name for name in names if any(word in name for word in words)]
-    if not names:
+        tests = [test for test in tests if any(word in test.split(":")[1] for word in words)]
+    if not tests:
         print("test_sleep.py: no test has such a name.", file=sys.stderr)
         sys.exit(2)
     start = time.monotonic()
-    results = run_in_two_processes(names)
-    missing = [name for name in names if name[5:].replace("_", " ") not in results]
-    passed = list(results.values()).count("ok")
-    failed = list(results.values()).count("FAIL")
+    passed, failed = run_in_two_processes(tests)
+    missing = Counter(sentence(test) for test in tests) - Counter(passed + failed)
     for name in missing:
-        print(f"missing: {name[5:].replace('_', ' ')}")
+        print(f"missing: {name}")
     seconds = time.monotonic() - start
-    print(f"{passed} passed, {failed} failed, {len(missing)} missing, {seconds:.0f} s")
+    print(f"{len(passed)} passed, {len(failed)} failed, {missing.total()} missing, {seconds:.0f} s")
     sys.exit(1 if failed or missing else 0)
 
 
