@@ -335,9 +335,9 @@ def test_a_new_model_has_the_stated_standard_deviations_and_its_head_says_nothin
 
 
 def test_at_first_the_half_lives_of_the_heads_are_from_4_tokens_to_all_writes_of_a_sequence():
-    mixer = SleepLM(Config(7, T=100, L=25, N=4, layout="s", d_model=64, n_head=4)).blocks[0].mixer
+    mixer = SleepLM(Config(7, T=100, L=25, N=5, layout="s", d_model=64, n_head=4)).blocks[0].mixer
     alpha = (-mixer.A_log.exp() * F.softplus(mixer.dt_bias)).exp()
-    half_lives = torch.tensor([400.0, 400 / 100 ** (1 / 3), 400 / 100 ** (2 / 3), 4.0])
+    half_lives = torch.tensor([500.0, 100.0, 20.0, 4.0])       # N T = 500
     close(alpha ** half_lives, torch.full((4,), 0.5), 1e-4)
 
 
@@ -1347,7 +1347,7 @@ def test_a_step_that_is_compiled_for_this_machine_is_the_plain_step():
 
 @contextlib.contextmanager
 def machine(gpu=None, archs=("sm_75", "sm_80", "sm_90"), mps=False, triton=True,
-            compilers=("g++", "gcc"), python_too_new=False):
+            compilers=("g++", "gcc"), headers=True, python_too_new=False):
     """A machine as torch would see it. gpu: the capability of its GPU, (8, 0) for an A100."""
     compile = torch.compile
 
@@ -1361,6 +1361,9 @@ def machine(gpu=None, archs=("sm_75", "sm_80", "sm_90"), mps=False, triton=True,
 
     environment = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
     with contextlib.ExitStack() as stack:
+        include = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if headers:
+            (include / "Python.h").touch()
         for place, name, value in (
                 (torch.cuda, "is_available", lambda: gpu is not None),
                 (torch.cuda, "device_count", lambda: int(gpu is not None)),
@@ -1372,6 +1375,7 @@ def machine(gpu=None, archs=("sm_75", "sm_80", "sm_90"), mps=False, triton=True,
                 (torch, "compile", compile_here),
                 (sleep, "find_spec", lambda name: object() if triton else None),
                 (sleep.shutil, "which", lambda name: name if name in compilers else None),
+                (sleep.sysconfig, "get_paths", lambda: dict(include=str(include))),
                 (os, "environ", environment)):
             stack.enter_context(patched(place, name, value))
         yield
@@ -1387,13 +1391,14 @@ def test_the_machine_decides_device_bfloat16_and_compiling():
             (dict(), "cpu", False, False, ""),
             (dict(compilers=()), "cpu", False, False, "there is no C++ compiler"),
             (dict(compilers=("clang++",)), "cpu", False, False, ""),
-            (dict(python_too_new=True), "cpu", False, False, "supported on Python 3.99"),
+            (dict(headers=False), "cpu", False, False, "the headers of Python are missing"),
+            (dict(python_too_new=True), "cpu", False, False, "cannot compile here"),
             (dict(mps=True), "cpu", False, False, ""),         # MPS only when it is asked for
             (dict(gpu=T4), "cuda", False, True, ""),
             (dict(gpu=A100), "cuda", True, True, ""),
             (dict(gpu=A100, triton=False), "cuda", True, False, "Triton is not installed"),
             (dict(gpu=A100, compilers=("g++",)), "cuda", True, False, "there is no C compiler"),
-            (dict(gpu=A100, python_too_new=True), "cuda", True, False, "supported on Python 3.99"),
+            (dict(gpu=A100, python_too_new=True), "cuda", True, False, "cannot compile here"),
             (dict(gpu=P100, archs=("sm_60", "sm_80")), "cuda", False, False, "too old for Triton")):
         with machine(**here):
             assert sleep.choose_device() == device, here
@@ -2375,12 +2380,14 @@ def test_zebra_is_not_reached(): pass
         assert "2 passed, 1 failed, 2 missing" in done.stdout, done.stdout + done.stderr
         done = start_in(elsewhere, path, "zebra_passes")
         assert done.returncode == 0 and "2 passed, 0 failed, 0 missing" in done.stdout, done.stderr
-        done = start_in(elsewhere, path, "nothing_has_this_name")
-        assert done.returncode == 2 and done.stderr.count("\n") == 1
-        done = start_in(elsewhere, path, "--help")
-        assert done.returncode == 0 and "python test_sleep.py rule wake" in done.stdout
         done = start_in(elsewhere, "-O", path)
         assert done.returncode == 2 and "python -O" in done.stderr and done.stderr.count("\n") == 1
+    with patched(sys, "argv", ["test_sleep.py", "nothing_has_this_name"]):
+        status, _, err = run(main)
+        assert status == 2 and err.count("\n") == 1
+    with patched(sys, "argv", ["test_sleep.py", "--help"]):
+        status, text, _ = run(main)
+        assert status == 0 and "python test_sleep.py rule wake" in text
 
 
 def tests_of(path, module):
