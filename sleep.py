@@ -813,7 +813,8 @@ def make_gradients(model, compile, recompute):
     def step(tokens, targets, asleep, N):
         model.zero_grad()
         loss = model.algorithm_1(tokens, targets, asleep, N)[1]
-        loss.backward()
+        with torch.autocast(tokens.device.type, enabled=False):            # whatever is around it
+            loss.backward()
         return loss.detach()
 
     if model.head.weight.is_cuda and not recompute:
@@ -916,7 +917,8 @@ def why_no_compile(device):
     try:
         torch.compile(nn.Identity(), backend="eager")          # refuses a Python that is too new
     except Exception as e:                     # whatever importing the compiler raises
-        return f"this torch cannot compile here ({type(e).__name__})"
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        return f"this torch cannot compile here ({reason})"
     if kind == "mps":
         return "compiling has not been tried on MPS"
     if kind == "cuda":
@@ -983,7 +985,8 @@ def write(path, save_to):
 
 
 def write_text(path, text):
-    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8",
+                                                           errors="surrogateescape"))
 
 
 def save(path, model, optimizers, run):
