@@ -499,7 +499,8 @@ def test_the_trees_are_trees_of_equal_size_and_every_answer_is_the_root():
 
 
 def test_the_batches_of_trees_swaps_and_recall_come_from_seed_and_step_alone():
-    from_seed_and_step_alone(lambda seed: task_of("trees", "--steps 100 --batch_size 8", seed))
+    flags = "--size 2 --depth 1 --test_depth 1 --L 12 --batch_size 8"      # always three trees
+    from_seed_and_step_alone(lambda seed: task_of("trees", flags, seed))
     args = SimpleNamespace(swaps=8, windows=4, L=12, batch_size=8, device="cpu")
     from_seed_and_step_alone(lambda seed: swaps.Swaps(args, seed))
     from_seed_and_step_alone(lambda seed: recall.Recall(args, seed))
@@ -1113,22 +1114,21 @@ def test_the_benchmark_measures_all_its_parts():
 def test_training_on_this_machine_has_the_gradients_of_the_plain_model_and_a_fault_is_found():
     flags = "" if torch.cuda.is_available() else "--no_compile"
     assert "good: what is trained here" in runs_well(gpu_check.main, flags)
-    status, text, err = verdict_with_fault(1.1)
-    assert status == 1 and "not good: hard eviction" in err and "mixer.k.weight" in text
-    status, _, err = verdict_with_fault(float("nan"))
-    assert status == 1 and "not good" in err
+    for factor in (1.01, 2.0, float("nan")):
+        status, _, err = verdict_with_fault(factor)
+        assert status == 1 and "not good: hard eviction" in err
 
 
 def test_the_check_of_a_gpu_allows_the_rounding_of_bfloat16_and_not_more():
-    assert verdict_with_fault(1.01)[0] == 1
     with patched(sleep, "has_bf16", lambda device: True):
         assert "bfloat16" in runs_well(gpu_check.main, "--device cpu --no_compile")
         assert verdict_with_fault(1.01)[0] == 0
-        assert verdict_with_fault(1.1)[0] == 1
+        assert verdict_with_fault(2.0)[0] == 1
+        assert verdict_with_fault(float("nan"))[0] == 1
 
 
 def verdict_with_fault(factor):
-    """The check on the CPU, if training has one gradient wrong by this factor."""
+    """The check of its first case on the CPU, if training has its gradients times a factor."""
     make_gradients = sleep.make_gradients
 
     def make_wrong_gradients(model, compile, recompute):
@@ -1136,8 +1136,10 @@ def verdict_with_fault(factor):
 
         def wrong(*args):
             loss = gradients(*args)
-            if not recompute:              # the plain model of the check repeats its passes
-                model.blocks[1].mixer.k.weight.grad *= factor
+            if not recompute:              # the plain models of the check repeat their passes
+                for p in model.parameters():
+                    if p.grad is not None:
+                        p.grad *= factor
             return loss
 
         return wrong
@@ -1258,7 +1260,7 @@ def agrees(cell, values):
     if parts is None:
         return None
     half = 0.5 * 10 ** -len(parts[1].partition(".")[2])
-    half = 1.2 * half                      # results have four digits
+    half += 5e-4 * abs(mean(values))       # results have four digits
     right = abs(float(parts[1]) - mean(values)) <= half
     if parts[2]:
         right = right and abs(float(parts[2]) - torch.tensor(values).std().item()) <= half
