@@ -33,9 +33,11 @@ class Recall:
 
     def make_batch(self, step):
         """Step -> tokens (B, T), targets (B, 1), from seed and step alone; -1 is the test."""
-        seed = 0 if step < 0 else self.seed * 10 ** 9 + step + 1
+        is_test = step < 0
+        seed = 0 if is_test else self.seed * 10 ** 9 + step + 1
+        B = 1024 if is_test else self.args.batch_size
         g = torch.Generator(self.args.device).manual_seed(seed)
-        tokens = torch.randint(10, (self.args.batch_size, self.T), generator=g, device=g.device)
+        tokens = torch.randint(10, (B, self.T), generator=g, device=g.device)
         first = tokens[:, :1].clone()
         tokens[:, -1] = QUESTION
         return tokens, first
