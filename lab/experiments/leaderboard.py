@@ -42,13 +42,13 @@ def tflop_to_arrive(run):
 
 def check_rules(args, default):
     """BadInput if the flags change the task, or when an arrival is seen."""
+    if args.preset != "cpu":
+        raise sleep.BadInput(f"--preset {args.preset}: the task of the leaderboard is that of cpu.")
     fixed = sorted({*train_khop.FLAGS, "L", "think"} - {"deeper"})
     changed = [flag for flag in fixed if getattr(args, flag) != getattr(default, flag)]
     if changed:
         raise sleep.BadInput(f"the task of the leaderboard is that of the cpu preset: leave "
                              f"{' '.join(f'--{flag}' for flag in changed)} as it is there.")
-    if args.preset != "cpu":
-        raise sleep.BadInput(f"--preset {args.preset}: the task of the leaderboard is that of cpu.")
     if args.eval_every > 100:
         raise sleep.BadInput(f"--eval_every {args.eval_every}: evaluations are at most 100 steps "
                              "apart.")
