@@ -8,14 +8,15 @@ every pass it is asked for the root of each node. The reach after a pass is the 
 answers with 0.9, all shallower ones, too. Also counted: which node is said in the place of the root, how
 many edges up from the node that is asked about. The trees are those of training, or as many nodes in two
 deeper trees, or those of training with their edges sorted by depth. Writes a picture and its numbers.
+The picture also has the models of lab/results/trees.json, which were trained on shallow questions.
 """
 from pathlib import Path
 
 import torch
 
 import sleep
-from lab.common import (check_output, mean, parser, picture_of, program, read_results,
-                        write_results)
+from lab.common import (RESULTS, check_output, load_runs, mean, parser, picture_of, program,
+                        read_results, write_results)
 from lab.experiments import when_to_wake
 from lab.experiments.plots import figure, legend, save_figure
 from lab.experiments.which_node import walk
@@ -104,6 +105,18 @@ def reach(accuracy):
     return result
 
 
+def shallow_runs():
+    """The models of the experiment `trees`, on trees of 8 nodes, as runs of this file."""
+    runs = []
+    for run in load_runs(RESULTS / "trees.json"):
+        by_pass = {int(N): list(metrics["accuracy"].values()) for N, metrics in run["N_test"].items()}
+        passes = sorted(by_pass)
+        runs.append(dict(test="trees as in training", trained_N=run["N"], seed=run["seed"],
+                         trained_depth=run["settings"]["depth"], order="random", passes=passes,
+                         accuracy=[by_pass[N] for N in passes]))
+    return runs
+
+
 # ------------------------------------------------------------------------------------------------
 # Drawing
 
@@ -113,31 +126,43 @@ def label(run):
 
 
 def draw(runs, path):
-    """Reach against passes on both kinds of trees; then which node is said after each pass."""
+    """The reach, pass by pass; and in a second picture which node is said after each pass."""
     kinds = list(dict.fromkeys(label(run) for run in runs))
     tests = [test for test in list(TESTS)[:2] if any(run["test"] == test for run in runs)]
-    columns = len(tests) + len(kinds)
-    fig, axes = figure(1, columns, (4.2 * columns, 5.2))
+    fig, axes = figure(1, len(tests), (5.0 * len(tests), 5.4))
     for ax, test in zip(axes[0], tests):
         draw_reach(ax, [run for run in runs if run["test"] == test], kinds, test)
-    for ax, kind in zip(axes[0, len(tests):], kinds):
-        draw_said(ax, [run for run in runs if label(run) == kind and run["test"] == tests[0]], kind)
-    legend(fig, axes[0, 0], "a line is a model: dots are the reach after a pass")
+    for run in shallow_runs():
+        draw_line(axes[0, 0], run, "C3", run["seed"] == 0)
+    legend(fig, axes[0, 0], "a line is a model, a dot its reach after a pass")
     save_figure(fig, path)
+
+    orders = [test for test in TESTS if test != "two deeper trees"]
+    fig, axes = figure(len(kinds), len(orders), (4.8 * len(orders), 4.2 * len(kinds)))
+    for row, kind in zip(axes, kinds):
+        for ax, test in zip(row, orders):
+            draw_said(ax, [run for run in runs if label(run) == kind and run["test"] == test], test)
+    fig.suptitle("Which node is said to deep questions, pass by pass? mean of the seeds", fontsize=10)
+    save_figure(fig, path.with_stem(path.stem + "-said"))
+
+
+def draw_line(ax, run, color, is_named):
+    """The reach of a model, by pass. Seeds are drawn a little apart, so that equal ones can be told."""
+    passes = run.get("passes") or range(1, len(run["accuracy"]) + 1)
+    shifted = [x + 0.12 * (run["seed"] % 3 - 1) for x in passes]
+    depths = [depth or float("nan") for depth in reach(run["accuracy"])]
+    words = label(run)
+    if run.get("passes"):
+        words += f", tested to {len(run['accuracy'][0])}"
+    ax.plot(shifted, depths, f"{color}o-", ms=4, lw=1, alpha=0.8, label=words if is_named else None)
 
 
 def draw_reach(ax, runs, kinds, test):
-    n_passes = len(runs[0]["accuracy"])
     deepest = len(runs[0]["accuracy"][0])
-    passes = range(1, n_passes + 1)
+    passes = range(1, len(runs[0]["accuracy"]) + 1)
     named = set()
     for run in runs:
-        color = f"C{kinds.index(label(run))}"
-        depths = [depth or float("nan") for depth in reach(run["accuracy"])]
-        words = None if label(run) in named else label(run)
-        # Seeds of one kind are drawn a little apart, so that equal ones can be told.
-        shifted = [x + 0.12 * (run["seed"] % 3 - 1) for x in passes]
-        ax.plot(shifted, depths, f"{color}o-", ms=4, lw=1, alpha=0.8, label=words)
+        draw_line(ax, run, f"C{kinds.index(label(run))}", label(run) not in named)
         named.add(label(run))
     ax.plot(passes, [max(n - 1, 0.5) for n in passes], "k:", lw=1, label="one edge a pass")
     ax.plot(passes, [2.0 ** (n - 3) for n in passes], "k--", lw=1, label="doubling with every pass")
@@ -146,13 +171,13 @@ def draw_reach(ax, runs, kinds, test):
     ax.set_yscale("log", base=2)
     ax.set_yticks(ticks, ticks)
     ax.minorticks_off()
-    ax.set(xlim=(0.5, 12.5), ylim=(0.8, deepest * 1.3), xlabel="passes of the sleep at the test")
+    ax.set(xlim=(0.5, 16.5), ylim=(0.8, deepest * 1.3), xlabel="passes of the sleep at the test")
     ax.set_ylabel(f"reach: the deepest question with {ENOUGH}, in edges")
     ax.set_title(f"{test}, {deepest} edges deep", fontsize=10)
 
 
-def draw_said(ax, runs, kind):
-    """The mean of the seeds: share of answers to deep questions, by pass and edges up."""
+def draw_said(ax, runs, test):
+    """The share of answers to deep questions, by pass and edges up; mean of the seeds."""
     n_passes = min(8, len(runs[0]["said"]))
     columns = len(runs[0]["said"][0])
     rows = [[mean([run["said"][n][i] for run in runs]) for i in range(columns)] for n in range(n_passes)]
@@ -164,8 +189,8 @@ def draw_said(ax, runs, kind):
                         color="w" if share < 0.6 else "k")
     ax.set_xticks(range(columns), [*range(columns - 1), "off"])
     ax.set_yticks(range(n_passes), range(1, n_passes + 1))
-    ax.set(xlabel="edges from the node asked about to the node that is said", ylabel="passes of the sleep")
-    ax.set_title(f"{kind}:\nwhat is said to questions deeper than {(columns - 2) // 2}", fontsize=9)
+    ax.set(xlabel="edges up to the node that is said", ylabel="passes of the sleep")
+    ax.set_title(f"{test}, questions deeper than {(columns - 2) // 2}", fontsize=9)
     ax.grid(False)
 
 
