@@ -16,7 +16,7 @@ one pass, whatever N is. N = 1 is the plain hybrid of attention and SSM blocks.
   q k v      q k v      query, key, value                                (B, H, T, K or V)
   H, K, V               heads; sizes of a key and of a value: both d / H
   P                     tokens that are in the cache already
-  C                     tokens of a chunk, in the chunked form of the rule
+  C                     tokens of a piece of the window, in the chunked form of the rule
   alpha      alpha_t    the share of S that a token keeps; log_alpha <= 0   (B, H, T)
   beta       beta_t     how strongly a token is written, in (0, 1)       (B, H, T)
   S          S_t        fast weights: S k is close to v                  (B, H, V, K)
@@ -49,8 +49,9 @@ def gated_delta_rule(q, k, v, log_alpha, beta, S, delta=True):
 
         S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,    o_t = S_t q_t
 
-    This is Gated DeltaNet, which the experiments use: it writes v_t - alpha_t S_{t-1} k_t, what S
-    lacks at k_t. delta=False is Eq. 3, the gated Hebbian write S_t = alpha_t S_{t-1} + beta_t v_t k_t^T.
+    This is Gated DeltaNet, which the experiments use: it writes beta_t times what S lacks at k_t,
+    v_t - alpha_t S_{t-1} k_t. delta=False is Eq. 3, the gated Hebbian write
+        S_t = alpha_t S_{t-1} + beta_t v_t k_t^T.
     Shapes as in the glossary, else ValueError. Returns o (B, H, T, V) and the last S.
     """
     check_rule(q, k, v, log_alpha, beta, S)
@@ -62,9 +63,10 @@ def gated_delta_rule(q, k, v, log_alpha, beta, S, delta=True):
         alpha_t = log_alpha[:, :, t].exp()                     # (B, H)
         beta_t = beta[:, :, t]
         S = alpha_t[..., None, None] * S                       # forget
+        write_t = v_t
         if delta:
-            v_t = v_t - torch.einsum("bhvk,bhk->bhv", S, k_t)  # what S lacks at k_t
-        S = S + torch.einsum("bh,bhv,bhk->bhvk", beta_t, v_t, k_t)     # write
+            write_t = v_t - torch.einsum("bhvk,bhk->bhv", S, k_t)      # what S lacks at k_t
+        S = S + torch.einsum("bh,bhv,bhk->bhvk", beta_t, write_t, k_t)
         outputs.append(torch.einsum("bhvk,bhk->bhv", S, q_t))  # read
     return torch.stack(outputs, 2), S
 
@@ -74,9 +76,9 @@ def gated_delta_rule(q, k, v, log_alpha, beta, S, delta=True):
 
 @dataclass(frozen=True)
 class Config:
-    """A model. ValueError says in one sentence what does not fit."""
+    """The shape of a model, checked when it is made (ValueError)."""
     vocab_size: int
-    T: int                         # tokens of a sequence: sets the longest half-life, not a limit
+    T: int                         # tokens of a sequence: only sets how slowly S forgets at first
     L: int                         # window of attention, in tokens
     N: int = 1                     # passes of a sleep, where a call does not say otherwise
     layout: str = "asas"           # one letter a block: a = attention, s = SSM (fast weights)
@@ -93,7 +95,7 @@ class Config:
 
 class Cache(NamedTuple):
     """What a block keeps of its latest tokens. It is emptied by hard eviction."""
-    tail: torch.Tensor             # input of the short convolution (B, n, d)
+    tail: torch.Tensor             # latest inputs of the short convolution (B, n <= 3, d)
     keys: torch.Tensor | None      # of attention (B, H, P, K); None in an SSM block
     values: torch.Tensor | None    # of attention (B, H, P, K); None in an SSM block
 
@@ -164,7 +166,8 @@ class SleepLM(nn.Module):
     def blocks_once(self, h, S, cache):
         S = list(S)
         cache = list(cache)
-        # No cache of cast weights: inside another autocast it would outlive the optimizer's step.
+        # cache_enabled=False: else bfloat16 copies of weights, made before an optimizer's step, may
+        # be used after it.
         with torch.autocast(h.device.type, torch.bfloat16, self.cfg.bf16, cache_enabled=False):
             for i, block in enumerate(self.blocks):
                 h, S[i], cache[i] = block(h, S[i], cache[i])
@@ -175,7 +178,8 @@ class SleepLM(nn.Module):
 
         h (B, T <= L, d): embeddings of the window. h and S go from pass to pass. The cache does not:
         every pass starts from that of the windows before (empty under hard eviction), and sliding
-        eviction keeps the last pass's. Returns the memory after eviction.
+        eviction keeps the last pass's. Between passes h is neither normed nor mixed with the
+        embeddings again. Returns the memory after eviction.
         """
         N = self.cfg.N if N is None else whole_number("N", N, 0)
         self.check(h, memory, asleep=True)
@@ -199,6 +203,7 @@ class SleepLM(nn.Module):
     def wake(self, h, memory):
         """One pass over h (B, T, d), the next tokens of a window (Algorithm 1, line 10).
 
+        h are embeddings, as in the first pass of a sleep, and they read an S that later passes wrote.
         Returns logits (B, T, vocab) and the memory, with these tokens in its cache.
         """
         self.check(h, memory)
@@ -224,7 +229,10 @@ class SleepLM(nn.Module):
         return self.algorithm_1(tokens, targets, asleep, N)
 
     def windows_asleep(self, tokens, targets):
-        """Line 5, one bool a window: it sleeps if its loss mask is zero for all sequences."""
+        """Line 5, one bool a window: it sleeps if its loss mask is zero for all sequences.
+
+        So whether a window sleeps depends on all sequences of its batch.
+        """
         T = tokens.shape[1]
         M = targets.shape[1]
         L = self.cfg.L
@@ -245,8 +253,9 @@ class SleepLM(nn.Module):
         M = targets.shape[1]
         windows = tokens.split(self.cfg.L, dim=1)                          # line 2
         N = N if isinstance(N, (list, tuple)) else [N] * len(windows)
-        if len(N) != len(windows):
-            raise ValueError(f"N has {len(N)} numbers; there are {len(windows)} windows.")
+        if len(N) != len(windows) or len(asleep) != len(windows):
+            raise ValueError(f"N has {len(N)} numbers and asleep {len(asleep)}; there are "
+                             f"{len(windows)} windows.")
         logits = []
         memory = self.empty_memory(len(tokens))                            # line 1: S <- 0
         for window, window_sleeps, passes in zip(windows, asleep, N):      # line 3
@@ -350,7 +359,10 @@ class Block(nn.Module):
 
 
 class FastWeights(nn.Module):
-    """The mixer of SSM blocks: Gated DeltaNet (with one convolution, in Block, instead of three)."""
+    """The mixer of SSM blocks: Gated DeltaNet.
+
+    It has a short convolution after each of q, k and v; here there is one before all, in Block.
+    """
 
     def __init__(self, cfg, gated=True, delta=True):
         super().__init__()
@@ -369,7 +381,7 @@ class FastWeights(nn.Module):
         # of S is left after log 2 / softplus(dt_bias) tokens: the half-life of a head.
         # Our choice: half-lives log-spaced over the heads, from max(N, 4) * T tokens down to 4 (one
         # head has the longest). A sleep writes every token N times, so S has to outlast N * T
-        # writes: this is why the model must know T.
+        # writes: this is why the model must know T. Models of N = 1 to 4 start alike.
         longest = max(cfg.N, 4) * cfg.T
         half_life = torch.logspace(math.log10(longest), math.log10(4), H)
         self.dt_bias = nn.Parameter(torch.log(torch.expm1(math.log(2) / half_life)))
@@ -583,7 +595,8 @@ def check_batch(tokens, targets, vocab_size):
     if not torch.is_tensor(targets):
         raise ValueError(f"targets must be a tensor (B, M) of integers; this is a "
                          f"{type(targets).__name__}: take torch.as_tensor(targets).")
-    of_integers = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+    of_floats = targets.is_floating_point() or targets.is_complex()
+    of_integers = not of_floats and targets.dtype != torch.bool
     fits = targets.ndim == 2 and len(targets) == len(tokens) and 1 <= targets.shape[1] <= tokens.shape[1]
     if not of_integers or not fits:
         raise ValueError(f"targets must be (B, M) integers for tokens (B, T), with M from 1 to T; these "

@@ -23,6 +23,7 @@ from lab.experiments.which_node import walk
 
 ENOUGH = 0.9
 ROWS = 512                                 # texts of a test
+ZERO_AT = 0.5                              # where a reach of 0 is drawn: the scale is logarithmic
 TESTS = {                                  # name: (trees, order of their edges)
     "trees as in training": (3, None),
     "two deeper trees": (2, None),
@@ -36,7 +37,7 @@ TESTS = {                                  # name: (trees, order of their edges)
 
 @torch.no_grad()
 def answers_after_each_pass(model, tokens, n_passes):
-    """tokens (B, L + questions) -> what is answered after 1, ..., n_passes passes: (n_passes, B, questions)."""
+    """tokens (B, L + questions) -> the answers after 1, ..., n_passes passes (n_passes, B, questions)."""
     L = model.cfg.L
     h = model.embed(tokens[:, :L])
     questions = model.embed(tokens[:, L:])
@@ -57,7 +58,7 @@ def measure(model, task, n_trees, order, n_passes):
     -> accuracy (n_passes, deepest), said (n_passes, deepest + 2): the last is a node off the way.
     """
     deepest = task.nodes // n_trees - 1
-    g = torch.Generator().manual_seed(10 ** 6)                 # no seed of training: those are multiples of 10^9
+    g = torch.Generator().manual_seed(10 ** 6)                 # of no training: those are 10^9 seed + step
     tokens, targets, depths = task.draw(ROWS, n_trees, deepest, "random", g)
     if order:
         tokens = when_to_wake.in_order(tokens, depths, order)
@@ -86,8 +87,9 @@ def measure_all(paths, n_passes):
             if task.nodes % n_trees:
                 continue
             accuracy, said = measure(model, task, n_trees, order, n_passes)
-            run = dict(test=test, trained_N=model.cfg.N, trained_depth=task.args.depth, seed=task.seed,
-                       nodes=task.nodes, order=task.args.order, n_trees=n_trees, accuracy=accuracy, said=said)
+            run = dict(test=test, trained_N=model.cfg.N, trained_depth=task.args.depth,
+                       seed=task.seed, nodes=task.nodes, order=task.args.order, n_trees=n_trees,
+                       accuracy=accuracy, said=said)
             runs.append(run)
             print(f"{label(run)}, seed {run['seed']}, {test}: reach after 1, 2, ... passes: "
                   f"{' '.join(map(str, reach(accuracy)))}")
@@ -128,8 +130,8 @@ def label(run):
 def draw(runs, path):
     """The reach, pass by pass; and in a second picture which node is said after each pass."""
     kinds = list(dict.fromkeys(label(run) for run in runs))
-    tests = [test for test in list(TESTS)[:2] if any(run["test"] == test for run in runs)]
-    fig, axes = figure(1, len(tests), (5.0 * len(tests), 5.4))
+    tests = [test for test in list(TESTS)[:3] if any(run["test"] == test for run in runs)]
+    fig, axes = figure(1, len(tests), (4.6 * len(tests), 5.2))
     for ax, test in zip(axes[0], tests):
         draw_reach(ax, [run for run in runs if run["test"] == test], kinds, test)
     for run in shallow_runs():
@@ -150,7 +152,7 @@ def draw_line(ax, run, color, is_named):
     """The reach of a model, by pass. Seeds are drawn a little apart, so that equal ones can be told."""
     passes = run.get("passes") or range(1, len(run["accuracy"]) + 1)
     shifted = [x + 0.12 * (run["seed"] % 3 - 1) for x in passes]
-    depths = [depth or float("nan") for depth in reach(run["accuracy"])]
+    depths = [depth or ZERO_AT for depth in reach(run["accuracy"])]
     words = label(run)
     if run.get("passes"):
         words += f", tested to {len(run['accuracy'][0])}"
@@ -167,11 +169,11 @@ def draw_reach(ax, runs, kinds, test):
     ax.plot(passes, [max(n - 1, 0.5) for n in passes], "k:", lw=1, label="one edge a pass")
     ax.plot(passes, [2.0 ** (n - 3) for n in passes], "k--", lw=1, label="doubling with every pass")
     ax.axhline(deepest, color="0.6", lw=1, label="the deepest question of the test")
-    ticks = [1, 2, 4, 8, 16, 32]
+    ticks = [ZERO_AT, 1, 2, 4, 8, 16, 32]
     ax.set_yscale("log", base=2)
-    ax.set_yticks(ticks, ticks)
+    ax.set_yticks(ticks, [0] + ticks[1:])
     ax.minorticks_off()
-    ax.set(xlim=(0.5, 16.5), ylim=(0.8, deepest * 1.3), xlabel="passes of the sleep at the test")
+    ax.set(xlim=(0.5, 16.5), ylim=(0.42, deepest * 1.3), xlabel="passes of the sleep at the test")
     ax.set_ylabel(f"reach: the deepest question with {ENOUGH}, in edges")
     ax.set_title(f"{test}, {deepest} edges deep", fontsize=10)
 
