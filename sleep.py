@@ -253,9 +253,9 @@ class SleepLM(nn.Module):
         M = targets.shape[1]
         windows = tokens.split(self.cfg.L, dim=1)                          # line 2
         N = N if isinstance(N, (list, tuple)) else [N] * len(windows)
-        if len(N) != len(windows) or len(asleep) != len(windows):
-            raise ValueError(f"N has {len(N)} numbers and asleep {len(asleep)}; there are "
-                             f"{len(windows)} windows.")
+        for name, values in (("N", N), ("asleep", asleep)):
+            if len(values) != len(windows):
+                raise ValueError(f"{name} has {len(values)} numbers; there are {len(windows)} windows.")
         logits = []
         memory = self.empty_memory(len(tokens))                            # line 1: S <- 0
         for window, window_sleeps, passes in zip(windows, asleep, N):      # line 3
