@@ -1209,6 +1209,14 @@ def make_folder(args, name):
     if args.resume:
         if args.out is None or not args.out.is_dir():
             raise BadInput(f"--resume needs --out and the folder of the runs; {args.out} is none.")
+        for path in args.out.glob("N*-seed*.json"):
+            try:
+                task = json.loads(path.read_text(encoding="utf-8"))["task"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue                                       # a broken one is written again
+            if task != name:
+                raise BadInput(f"{args.out} holds runs of the task {task}, not of {name}: choose "
+                               "another --out.")
         return args.out
     out = args.out or Path("out") / time.strftime(f"{name}-{args.preset}-%m%d-%H%M%S")
     try:

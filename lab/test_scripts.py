@@ -6,6 +6,7 @@
 """
 import contextlib
 import copy
+import json
 import math
 import os
 import pickle
@@ -404,6 +405,16 @@ def test_resume_needs_its_folder_and_a_run_without_it_another_one():
         assert echo(f"--out {out}")[0] == 0
         status, _, err = echo(f"--out {out}")
         assert status == 2 and "add --resume" in err and err.count("\n") == 1
+
+
+def test_a_folder_of_another_task_is_not_resumed_into():
+    with folder() as out:
+        out.mkdir()
+        (out / "N1-seed0.json").write_text(json.dumps(dict(task="ca")), encoding="utf-8")
+        line = ["--N", "2", "--steps", "1", "--resume", "--out", str(out)]
+        status, _, err = run(sleep.main, train_khop.__doc__, train_khop.PRESETS, train_khop.FLAGS,
+                             train_khop.Cycles, line)
+        assert status == 2 and "holds runs of the task ca, not of khop" in err, err
 
 
 def test_a_checkpoint_that_is_broken_is_refused_and_one_without_its_json_is_not():
