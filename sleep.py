@@ -612,6 +612,9 @@ def check_features(h, memory, cfg):
         is_what = f"{h.dtype}, {tuple(h.shape)}" if torch.is_tensor(h) else type(h).__name__
         raise ValueError(f"h must be features (B, T, {cfg.d_model}), as model.embed(tokens) gives; "
                          f"this is {is_what}.")
+    if not isinstance(memory, Memory):
+        raise ValueError(f"memory must be a Memory, as model.empty_memory(B) and model.sleep give; this "
+                         f"is a {type(memory).__name__}.")
     kinds = "".join("a" if block.keys is not None else "s" for block in memory.cache)
     width = memory.cache[0].tail.shape[2]
     heads = {S.shape[1] for S in memory.S if S is not None}

@@ -882,6 +882,7 @@ def test_memory_of_another_model_or_batch_is_refused_in_a_sentence():
         state = other.stream(tokens)[1]
         refused("this memory is of a model with layout", model.stream, tokens, state)
     refused("belongs to a batch of 2", model.wake, h, model.empty_memory(2))
+    refused("memory must be a Memory", model.sleep, h, None)
     refused("belongs to a batch of 2", model.stream, tokens, model.stream(tokens[:2])[1])
 
 

@@ -38,6 +38,7 @@ from lab.experiments import (baselines, leaderboard, plots, reach, recall, regis
 from lab.tools import (benchmark, draw_mechanism, draw_runs, gpu_check, interactive_page,
                        paper_figures)
 from sleep import Config, SleepLM
+from test_sleep import patched, targets_for, tiny
 
 HERE = Path(__file__).resolve().parents[1]
 
@@ -86,16 +87,6 @@ def is_refused(words, main, command):
 
 
 @contextlib.contextmanager
-def patched(place, name, value):
-    before = getattr(place, name)
-    setattr(place, name, value)
-    try:
-        yield
-    finally:
-        setattr(place, name, before)
-
-
-@contextlib.contextmanager
 def new_folder():
     """Work in an empty folder, for programs that write into out/."""
     with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
@@ -111,23 +102,6 @@ def is_png(path):
     return Path(path).read_bytes()[:4] == b"\x89PNG"
 
 
-@torch.no_grad()
-def tiny(build=SleepLM, **change):
-    """A small model in float64, every weight random: nothing is hidden by a 0 or a 1."""
-    settings = dict(vocab_size=7, T=20, L=5, N=2, layout="asas", d_model=16, n_head=2) | change
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    try:
-        model = build(Config(**settings))
-        for name, p in model.named_parameters():
-            if "norm" in name or "A_log" in name:
-                p += 0.3 * torch.randn_like(p)
-        torch.nn.init.normal_(model.head.weight)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return model.requires_grad_()
-
-
 def changed(carry="hS", think=1, detach=0, recall=False, guess=False, every_pass=False, **settings):
     """A tiny model whose sleep is changed."""
 
@@ -139,10 +113,6 @@ def changed(carry="hS", think=1, detach=0, recall=False, guess=False, every_pass
 
 def random_tokens(T, B=3, seed=0):
     return torch.randint(7, (B, T), generator=torch.Generator().manual_seed(seed))
-
-
-def targets_for(tokens, M):
-    return torch.randint(7, (len(tokens), M), generator=torch.Generator().manual_seed(5))
 
 
 def outcome(model, tokens, targets, N=None):

@@ -42,9 +42,9 @@ def load(path):
         values = {flag: settings[flag] for flag in sleep.MODEL_FLAGS}
         model = variants.make_model(sleep.Config(task.vocab_size, task.T, **values), settings)
         model.load_state_dict(saved["model"])
-    except Exception as e:            # another file, a dict of other keys, a model of other shapes
-        raise sleep.BadInput(f"{path} is no checkpoint of k hops or trees ({type(e).__name__}): "
-                             "train one with `python -m lab.experiments.trees`.") from None
+    except Exception:                 # another file, a dict of other keys, a model of other shapes
+        raise sleep.BadInput(f"{path} is no checkpoint of k hops or trees: train one "
+                             "with `python -m lab.experiments.trees`.") from None
     if not all(p.isfinite().all() for p in model.parameters()):
         raise sleep.BadInput(f"{path}: a weight of this model is not finite.")
     one_window = task.T - task.test[1].shape[1] == model.cfg.L

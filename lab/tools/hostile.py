@@ -275,6 +275,8 @@ def main(argv):
     args = p.parse_args(argv)
     if not hasattr(os, "fork"):
         raise sleep.BadInput("this needs os.fork, which Windows lacks.")
+    if min(args.lines, args.calls, args.kills) < 0:
+        raise sleep.BadInput("--lines, --calls and --kills must not be negative.")
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)               # a fork keeps no other thread
