@@ -2,14 +2,13 @@
 
 A question, then a text of shuffled sentences that each define one quantity, all modulo a prime p.
 Every quantity looks alike, few matter. The question is evicted first, then most of the text. The
-answer is one number, said in one pass, without a chain of thought.
+answer is one number, said in one pass, without a chain of thought. With p = 7:
 
-    fox in biki ? owl in biki is 3 . fox in biki is 2 plus all in dora . emu in dora is
-    owl in biki . answer fox in biki is            5: `all in dora` sums what is said of dora
+    duvi ? keba 4 plus numo . numo 5 . duvi 2 times keba . rilo numo minus sape . sape 3 .
+    answer duvi            4: `numo` is 5, `keba` is 4 + 5 = 2, `duvi` is 2 * 2
 
 The depth of a question is its longest chain of reads: 1 if a sentence tells the number, else 1 more
-than that of the deepest quantity in its sentence (or of its place, if it is a sum). Here it is 4.
-With --no-words a name is one token, and `is` is left out.
+than that of the deepest quantity in its sentence. Here it is 3.
 
     python train_gsm.py                   N = 1 against N = 3, minutes on two CPU cores
     python train_gsm.py --preset paper --batch_size 64 --recompute      Section 6.3, for a GPU
@@ -21,7 +20,7 @@ for several quantities, a test text for one. Every training step draws new probl
 """
 import random
 import textwrap
-from collections import Counter
+import zlib
 from typing import NamedTuple
 
 import torch
@@ -30,192 +29,107 @@ from tqdm import tqdm
 import sleep
 
 PRESETS = {
-    "cpu": dict(N=[1, 3], reads=4, questions=8, T=[48], L=48, p=7, places=8, animals=3, words=False,
-                tests=2000, layout="as", d_model=64, n_head=2, steps=1600, batch_size=64,
+    "cpu": dict(N=[1, 3], reads=4, questions=8, T=[52], L=52, p=7, names=40, tests=2000,
+                layout="as", d_model=64, n_head=2, steps=1600, batch_size=64,
                 lr_muon=7e-3, lr_adamw=3e-3, cooldown=0.15, eval_every=200),
-    "gpu": dict(N=[1, 2, 4], reads=8, questions=8, T=[256, 304, 352, 400], L=128, p=11, places=48,
-                animals=12, words=True, tests=4000, layout="asas", d_model=256, n_head=4,
-                steps=8000, batch_size=128, lr_muon=2e-3, lr_adamw=1e-3, cooldown=0.1,
-                eval_every=400),
+    "gpu": dict(N=[1, 2, 4], reads=8, questions=8, T=[160, 192, 224, 256], L=128, p=11, names=200,
+                tests=4000, layout="asas", d_model=256, n_head=4, steps=8000, batch_size=128,
+                lr_muon=2e-3, lr_adamw=1e-3, cooldown=0.1, eval_every=400),
     "paper": dict(N=[1, 4], reads=8, questions=8, T=[2000, 2400, 2800, 3200], L=2000, p=11,
-                  places=200, animals=12, words=True, tests=2000, layout="as" * 5, d_model=512,
-                  n_head=8, steps=4687, batch_size=256, lr_muon=1e-3, lr_adamw=5e-4,
-                  eval_every=500, conv="s"),
+                  names=2000, tests=2000, layout="as" * 5, d_model=512, n_head=8, steps=4687,
+                  batch_size=256, lr_muon=1e-3, lr_adamw=5e-4, eval_every=500, conv="s"),
 }
 FLAGS = dict(
     reads="the longest chain of reads that a question needs",
     questions="questions in a training sequence, all depths taking turns; a test has one",
     T="tokens before the answers; a batch has one of these, the test the largest",
     p="a prime: all numbers are modulo p",
-    places="places that quantities can be in",
-    animals="at most 12; a place has up to three of them",
-    words="names of three words and `is`, else one token a name",
+    names="quantities that a text can speak of",
     tests="problems of the test, as many of each depth")
 LIMITS = dict(reads=(1, 50), questions=(1, 1000), T=(1, 20_000), L=(1, 20_000), p=(5, 97),
-              places=(1, 2000), animals=(1, 12), tests=(1, 100_000))
+              names=(20, 4900), tests=(1, 100_000))
 
-# Tokens: ten words, then the numbers 0..p-1, then the names.
-WORDS = "PAD . ? answer is in all plus times minus".split()
-PAD, END, ASK, ANSWER, IS, IN, ALL, PLUS, TIMES, MINUS = range(10)
-ZERO = 10
-FORMS = ("copy", "c plus", "c times", "plus", "minus")
-ANIMALS = "fox owl emu bear wolf deer hare lynx seal crow toad swan".split()
+# Tokens: seven words, then the numbers 0..p-1, then the names.
+WORDS = "PAD . ? answer plus times minus".split()
+PAD, END, ASK, ANSWER, PLUS, TIMES, MINUS = range(7)
+ZERO = 7
+ANSWER_TOKENS = 3                          # answer, name, number
+LONGEST = 5                                # tokens of the longest sentence
 
 
 # ------------------------------------------------------------------------------------------------
-# A problem. `s` are the settings: p, places, animals, words, reads.
+# A problem. `s` are the settings: reads, p, names.
 
 class Quantity(NamedTuple):
-    name: list                 # tokens
-    sentence: list             # tokens of its definition; a sum over a place has none
+    sentence: list             # tokens of its definition, the first is its name
     value: int                 # modulo p
-    reads: int                 # its depth: the longest chain of reads that ends with its own
     constants: frozenset       # names of the constants that it depends on
 
 
-def make_name(s, place, animal):
-    """Tokens of `owl in biki`; of `all in biki`, the sum over a place, if animal is s.animals."""
-    first = ZERO + s.p
-    if not s.words:
-        return [first + place * (s.animals + 1) + animal]
-    return [ALL if animal == s.animals else first + animal, IN, first + s.animals + place]
+def define(s, name, depth, by_depth, rng):
+    """A new quantity of this depth. by_depth[d]: the quantities of depth d so far, a list.
 
-
-def pick(items, rng):
-    """One item of a list, as rng.choice(items), but three times as fast."""
-    return items[int(rng.random() * len(items))]
-
-
-def begin(s, name):
-    """The first tokens of a sentence: `name is`."""
-    return name + [IS] if s.words else name
-
-
-def define(s, name, deepest, earlier, rng):
-    """A quantity that reads one of the list `deepest` and perhaps one of the list `earlier`.
-
-    All of `deepest` have the same depth, none of `earlier` is deeper. The two must depend on
-    different constants; if they do not, the result is None: draw again. So nothing cancels out, as
-    it does in `x minus x`: every constant that a quantity depends on changes it, and a quantity is
-    uniform modulo p.
+    It reads one quantity y of the depth before, and perhaps another one, z. y and z depend on
+    different constants. So nothing cancels out, as it does in `x minus x`: every constant that a
+    quantity depends on changes it, and a quantity is uniform modulo p.
     """
-    y = pick(deepest, rng)
-    form = pick(FORMS, rng)
+    if depth == 1:
+        c = rng.randrange(s.p)
+        return Quantity([name, ZERO + c, END], c, frozenset([name]))
+    y = rng.choice(by_depth[depth - 1])
+    z = rng.choice(rng.choice(by_depth[1:depth]))
+    form = rng.choice((END, PLUS, TIMES, MINUS))
+    if form == END:                                            # a copy
+        return Quantity([name, y.sentence[0], END], y.value, y.constants)
     constants = y.constants
-    if form == "copy":
-        value = y.value
-        said = y.name
-    elif form == "c plus":
-        c = pick((1, 2, 3, 4), rng)
-        value = c + y.value
-        said = [ZERO + c, PLUS] + y.name
-    elif form == "c times":
-        c = pick((2, 3, 4), rng)           # has an inverse modulo a prime from 5 on
-        value = c * y.value
-        said = [ZERO + c, TIMES] + y.name
-    else:
-        z = pick(earlier, rng)
-        if not y.constants.isdisjoint(z.constants):
-            return None
+    if form != TIMES and y.constants.isdisjoint(z.constants):
         constants = y.constants | z.constants
-        first, second = (y, z) if rng.random() < 0.5 else (z, y)
-        if form == "plus":
-            value = first.value + second.value
-            said = first.name + [PLUS] + second.name
-        else:
-            value = first.value - second.value
-            said = first.name + [MINUS] + second.name
-    return Quantity(name, begin(s, name) + said + [END], value % s.p, y.reads + 1, constants)
-
-
-def add_up(s, place, members):
-    """The sum over a place; None if it is too deep or if two members share a constant."""
-    reads = 1 + max(q.reads for q in members)
-    constants = frozenset().union(*[q.constants for q in members])
-    if reads > s.reads or len(constants) < sum(len(q.constants) for q in members):
-        return None
-    value = sum(q.value for q in members) % s.p
-    return Quantity(make_name(s, place, s.animals), [], value, reads, constants)
-
-
-def add(quantity, by_depth, up_to_depth):
-    """Put a quantity into the list of its depth and into those of all up to a depth."""
-    by_depth[quantity.reads].append(quantity)
-    for quantities in up_to_depth[quantity.reads:]:
-        quantities.append(quantity)
+        first, second = rng.sample((y, z), 2)
+        a, b = first.value, second.value
+        said = [first.sentence[0], form, second.sentence[0]]
+    else:
+        c = rng.randrange(2, s.p)                              # has an inverse: p is a prime
+        a, b = c, y.value
+        said = [ZERO + c, form, y.sentence[0]]
+    value = {PLUS: a + b, TIMES: a * b, MINUS: a - b}[form] % s.p
+    return Quantity([name, *said, END], value, constants)
 
 
 def make_text(s, room, rng):
-    """Quantities whose sentences fill `room` tokens -> lists of those of each depth.
+    """Quantities whose sentences fill `room` tokens -> by_depth, as `define` takes it.
 
-    None if all names are used before the text is full. Places come in random order, each with one
-    to three animals. Its sum may be spoken of once it is complete. Three quantities in ten are
-    constants; the others aim at the depth that was tried least, and are left out if they do not
-    reach it.
+    Every new one is of a depth that has the fewest so far, among those that can be reached.
     """
     by_depth = [[] for _ in range(s.reads + 1)]
-    up_to_depth = [[] for _ in range(s.reads + 1)]
-    tried = [0] * (s.reads + 1)
-    animals = range(s.animals)
-    for place in rng.sample(range(s.places), s.places):
-        found = []
-        for animal in rng.sample(animals, min(pick((1, 2, 3), rng), s.animals)):
-            name = make_name(s, place, animal)
-            quantity = None
-            if s.reads == 1 or rng.random() < 0.3:             # a constant: `name is c`
-                c = pick(range(s.p), rng)
-                sentence = begin(s, name) + [ZERO + c, END]
-                quantity = Quantity(name, sentence, c, 1, frozenset([tuple(name)]))
-            else:
-                least = min(tried[2:])
-                depth = pick([d for d in range(2, s.reads + 1) if tried[d] == least], rng)
-                tried[depth] += 1
-                tries = 40 if by_depth[depth - 1] else 0
-                while quantity is None and tries:
-                    quantity = define(s, name, by_depth[depth - 1], up_to_depth[depth - 1], rng)
-                    tries -= 1
-            if quantity is None:
-                continue
-            room -= len(quantity.sentence)
-            if room < 0:
-                return by_depth
-            add(quantity, by_depth, up_to_depth)
-            found.append(quantity)
-        total = add_up(s, place, found) if found else None
-        if total is not None:
-            add(total, by_depth, up_to_depth)
-    return None
+    for name in rng.sample(range(ZERO + s.p, ZERO + s.p + s.names), s.names):
+        reached = [d for d in range(1, s.reads + 1) if d == 1 or by_depth[d - 1]]
+        depth = min(reached, key=lambda d: (len(by_depth[d]), rng.random()))
+        quantity = define(s, name, depth, by_depth, rng)
+        room -= len(quantity.sentence)
+        if room < 0:
+            break
+        by_depth[depth].append(quantity)
+    return by_depth
 
 
 def make_problem(s, T, depths, rng):
     """A question of each of these depths, and a text, in T tokens; then the answers.
 
-    -> tokens (T + questions * tokens of an answer), sentences (list of lists of tokens); None if
-    the text that was drawn has no such questions: then draw again.
+    -> tokens (T + 3 * questions), and the text: its sentences, in order of their names
     """
-    size = 3 if s.words else 1             # tokens of a name
-    by_depth = make_text(s, T - len(depths) * size - 1, rng)
-    if by_depth is None:
-        return None
-    chosen = {}
-    for depth, n in Counter(depths).items():
-        if len(by_depth[depth]) < n:
-            return None
-        chosen[depth] = rng.sample(by_depth[depth], n)
-    asked = [chosen[depth].pop() for depth in depths]
-
-    sentences = [q.sentence for quantities in by_depth for q in quantities if q.sentence]
+    by_depth = make_text(s, T - len(depths) - 1, rng)
+    sentences = [q.sentence for quantities in by_depth for q in quantities]
     rng.shuffle(sentences)
-    tokens = []
-    for q in asked:
-        tokens += q.name
-    tokens.append(ASK)
+    for quantities in by_depth:
+        rng.shuffle(quantities)
+    asked = [by_depth[depth].pop() for depth in depths]
+    tokens = [q.sentence[0] for q in asked] + [ASK]
     for sentence in sentences:
         tokens += sentence
     tokens = [PAD] * (T - len(tokens)) + tokens
     for q in asked:
-        tokens += [ANSWER] + begin(s, q.name) + [ZERO + q.value]
-    return tokens, sentences
+        tokens += [ANSWER, q.sentence[0], ZERO + q.value]
+    return tokens, sorted(sentences)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -228,15 +142,12 @@ class Problems:
     def __init__(self, args, seed):
         self.args = args
         self.seed = seed
-        self.lengths = sorted(set(args.T))
-        names = args.animals + args.places if args.words else (args.animals + 1) * args.places
-        self.vocab_size = ZERO + args.p + names
-        self.ask = 5 if args.words else 2                      # tokens of `answer fox in biki is`
-        self.T = self.lengths[-1] + args.questions * (self.ask + 1) - 1
+        self.vocab_size = ZERO + args.p + args.names
+        self.T = max(args.T) + ANSWER_TOKENS * args.questions - 1
         self.check()
-        self.held_out = set()                                  # the texts of the test
-        self.test = self.make_test()
-        self.chance = self.best_constant()
+        depths = [[1 + i % args.reads] for i in range(args.tests)]
+        self.test = self.draw(max(args.T), depths, random.Random("test"), test=True)
+        self.chance = dict(accuracy={str(d): 1 / args.p for d in range(1, args.reads + 1)})
 
     def check(self):
         """BadInput, in a sentence, for flags that make no sense or ask for too much."""
@@ -251,81 +162,49 @@ class Problems:
         if args.tests < args.reads:
             raise sleep.BadInput(f"--tests {args.tests} must be one for each of the {args.reads} "
                                  "depths, or more.")
-        if args.L > self.lengths[0]:
-            raise sleep.BadInput(f"--L {args.L} must be at most the {self.lengths[0]} tokens "
-                                 "before the answers: a longer window is never full.")
+        if args.L > min(args.T):
+            raise sleep.BadInput(f"--L {args.L} must be at most the {min(args.T)} tokens before "
+                                 "the answers: a longer window is never full.")
+        quantities = args.reads * -(-args.questions // args.reads)             # rounded up
+        least = LONGEST * quantities + args.questions + 1
+        if min(args.T) < least or args.names < quantities:
+            raise sleep.BadInput(f"{args.questions} questions with chains of up to {args.reads} "
+                                 f"reads take {quantities} --names and --T {least}, or more.")
         for flag, problems in (("tests", args.tests), ("batch_size", args.batch_size)):
-            tokens = problems * self.T
-            if tokens > 3e7:
-                raise sleep.BadInput(f"--{flag} {problems} would be {tokens / 1e6:,.0f} million "
-                                     f"tokens, about {tokens / 4e5:,.0f} s to make: take less.")
-        rng = random.Random(0)
-        for T in (self.lengths[0], self.lengths[-1]):
-            problems = [make_problem(args, T, self.deal_depths(rng), rng) for _ in range(40)]
-            if problems.count(None) > 36:
-                raise sleep.BadInput(f"hardly any text of {T} tokens has {args.questions} "
-                                     f"questions with chains of up to {args.reads} reads: take "
-                                     "more --places, a longer --T, fewer --reads or --questions.")
-
-    def deal_depths(self, rng):
-        """Depths of the questions of a training text: all in random order, again and again."""
-        depths = []
-        while len(depths) < self.args.questions:
-            depths += rng.sample(range(1, self.args.reads + 1), self.args.reads)
-        return depths[:self.args.questions]
-
-    def draw(self, T, depths, rng):
-        """The tokens of a problem, and a hash of its text, whatever the order of its sentences.
-
-        No text of the test is drawn again.
-        """
-        for _ in range(10_000):
-            problem = make_problem(self.args, T, depths, rng)
-            if problem is not None:
-                tokens, sentences = problem
-                text = hash(frozenset(tuple(sentence) for sentence in sentences))
-                if text not in self.held_out:
-                    return tokens, text
-        raise sleep.BadInput(f"no other text of {T} tokens was found in 10,000 tries: take more "
-                             "--places or a longer --T.")
-
-    def make_test(self):
-        """Problems of one question, each depth as often. They are the same for every seed."""
-        rng = random.Random("test")
-        depths = [[1 + i % self.args.reads] for i in range(self.args.tests)]
-        problems = []
-        for question in tqdm(depths, "problems of the test", disable=None, leave=False):
-            tokens, text = self.draw(self.lengths[-1], question, rng)
-            problems.append((tokens, text))
-        self.held_out = {text for _, text in problems}
-        return self.batch([tokens for tokens, _ in problems], depths)
+            if problems * self.T > 3e7:
+                raise sleep.BadInput(f"--{flag} {problems} would be {problems * self.T / 1e6:,.0f} "
+                                     "million tokens, minutes to make: take less.")
 
     def make_batch(self, step):
         """Step -> batch, from seed and step alone."""
+        args = self.args
         rng = random.Random(f"train {self.seed} {step}")
-        T = rng.choice(self.lengths)
-        depths = [self.deal_depths(rng) for _ in range(self.args.batch_size)]
-        return self.batch([self.draw(T, question, rng)[0] for question in depths], depths)
+        depths = []
+        for _ in range(args.batch_size):
+            turns = -(-args.questions // args.reads)
+            row = sum([rng.sample(range(1, args.reads + 1), args.reads) for _ in range(turns)], [])
+            depths.append(row[:args.questions])
+        return self.draw(rng.choice(args.T), depths, rng, test=False)
 
-    def batch(self, rows, depths):
-        """Lists of tokens and depths -> tokens (B, T), targets (B, answers), depths (B, M)."""
+    def draw(self, T, depths, rng, test):
+        """A row of depths for each problem -> tokens (B, T), targets (B, answers), depths (B, M).
+
+        One text in eight is kept for the test, by a hash.
+        """
+        rows = []
+        for asked in tqdm(depths, "problems of the test", disable=None if test else True,
+                          leave=False):
+            is_test = None
+            while is_test != test:
+                tokens, text = make_problem(self.args, T, asked, rng)
+                is_test = zlib.crc32(repr(text).encode()) % 8 == 0
+            rows.append(tokens)
         tokens = torch.tensor(rows, device=self.args.device)
         depths = torch.tensor(depths, device=self.args.device)
-        M = depths.shape[1]
-        answers = tokens[:, -M * (self.ask + 1):].unflatten(1, (M, self.ask + 1))
-        targets = torch.full_like(answers, -1)                 # (B, M, ask + 1)
-        targets[..., -2] = answers[..., -1]                    # said by the token before the answer
+        targets = tokens[:, T:].clone().unflatten(1, (-1, ANSWER_TOKENS))      # (B, M, 3)
+        targets[..., 1] = targets[..., 2]                      # the name says the number
+        targets[..., ::2] = -1                                 # the others say nothing
         return tokens[:, :-1], targets.flatten(1)[:, :-1], depths
-
-    def best_constant(self):
-        """The score of the best constant answer on the test, for each depth."""
-        _, targets, depths = self.test
-        answers = targets[targets >= 0]
-        best = {}
-        for c in range(self.args.p):
-            for depth, accuracy in self.accuracy(answers == ZERO + c, depths).items():
-                best[depth] = max(accuracy, best.get(depth, 0.0))
-        return dict(accuracy=best)
 
     def score(self, tokens, targets, logits, depths):
         """Accuracy for each depth.
@@ -333,22 +212,15 @@ class Problems:
         targets (B, answers), logits (B, answers, vocab), depths (B, M)
         """
         right = (logits.argmax(-1) == targets)[targets >= 0]
-        return dict(accuracy=self.accuracy(right, depths))
-
-    def accuracy(self, right, depths):
-        """right (B * M,), depths (B, M) -> {depth: share of its answers that are right}"""
         depths = depths.flatten()
-        return {str(d): right[depths == d].float().mean().item() for d in depths.unique().tolist()}
+        return dict(accuracy={str(d): right[depths == d].float().mean().item()
+                              for d in depths.unique().tolist()})
 
     def text(self, tokens):
         """Token ids as words. tokens (n,)"""
-        animals = ANIMALS[:self.args.animals]
         syllables = [c + v for v in "aeiou" for c in "bdfgklmnprstvz"]         # 70
-        places = [syllables[i % 70] + syllables[(i // 70 + 11 * i + 3) % 70]   # all of them differ
-                  for i in range(self.args.places)]
-        names = animals + places
-        if not self.args.words:
-            names = [f"{animal}-{place}" for place in places for animal in animals + ["all"]]
+        names = [syllables[i % 70] + syllables[(i // 70 + 11 * i + 3) % 70]    # all of them differ
+                 for i in range(self.args.names)]
         words = WORDS + [str(i) for i in range(self.args.p)] + names
         return " ".join(words[i] for i in tokens.tolist() if i != PAD)
 
@@ -357,13 +229,11 @@ class Problems:
 
         tokens (T,), targets (answers,)
         """
-        said = (targets >= 0).nonzero().flatten() + len(tokens) - len(targets)
-        start = said[0].item() - self.ask + 1
-        lines = textwrap.wrap(self.text(tokens[:start]), 92, break_on_hyphens=False)
-        for i in said.tolist():
-            question = self.text(tokens[i - self.ask + 1: i + 1])
-            answer = targets[i - len(tokens) + len(targets)] - ZERO
-            lines.append(f"{question} {answer}")
+        before = len(tokens) - len(targets)
+        lines = textwrap.wrap(self.text(tokens[:before]), 92)
+        for i in (targets >= 0).nonzero().flatten().tolist():
+            question = self.text(tokens[before + i - 1: before + i + 1])
+            lines.append(f"{question} {targets[i] - ZERO}")
         return textwrap.indent("\n".join(lines), "  ")
 
 

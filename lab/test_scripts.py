@@ -702,12 +702,12 @@ def test_a_script_refuses_bad_input_in_one_line_with_status_2():
             (train_khop, "cut a question", "--L 9"), (train_khop, "--n_law some", "--n_law some"),
             (train_khop, "--deeper", "--deeper 2"),
             (train_gsm, "must be a prime", "--p 9"), (train_gsm, "--p 3 must be", "--p 3"),
-            (train_gsm, "--animals 13", "--animals 13"), (train_gsm, "never full", "--L 49"),
+            (train_gsm, "--names 4901", "--names 4901"), (train_gsm, "never full", "--L 53"),
             (train_gsm, "--questions 0", "--questions 0"), (train_gsm, "--L 0 must", "--L 0"),
             (train_gsm, "--reads 0 must", "--reads 0"), (train_gsm, "--tests 3", "--tests 3"),
-            (train_gsm, "--places 1000000", "--places 1000000"),
-            (train_gsm, "40 questions", "--questions 40"),
-            (train_gsm, "take more --places", "--places 2"),
+            (train_gsm, "40 --names and --T 241", "--questions 40"),
+            (train_gsm, "20 --names and --T 121", "--questions 20 --names 20"),
+            (train_gsm, "--T 49", "--T 48 --L 48"),
             (train_gsm, "million tokens", "--tests 100000 --T 3000")):
         status, _, err = script(module, flags)
         assert status == 2 and words in err and err.count("\n") == 1, (flags, status, err)

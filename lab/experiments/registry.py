@@ -175,7 +175,7 @@ EXPERIMENTS = {
     "gsm_compute": Experiment(
         "gsm", "Word problems: what is left at the same compute?", {
             "--N 1": "1 pass",
-            "--N 1 --steps 4340 --eval_every 434": "1 pass, 4,340 steps",
+            "--N 1 --steps 4430 --eval_every 443": "1 pass, 4,430 steps",
             "--N 3": "3 passes",
         }, results="words-compute"),
     "ca_splits": Experiment(
