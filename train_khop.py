@@ -183,11 +183,7 @@ class Cycles:
         order = torch.where(place < n, key, 2.0).argsort(1)    # the unused places last
         start = order[:, :self.M]
         asked = start < n                                      # (B, M)
-        if step < 0:
-            choices = torch.tensor(self.test_k, device=self.device)
-        else:
-            choices = torch.arange(1, self.largest_k(step) + 1, device=self.device)
-        k = choices[torch.randint(len(choices), start.shape, generator=g, device=self.device)]
+        k = self.draw_k(start.shape, step, g)
         q = self.node + name.gather(1, start)
         a = self.node + name.gather(1, (start + k) % n)
 
@@ -199,6 +195,14 @@ class Cycles:
         targets = torch.full_like(questions, -1)
         targets[..., self.said] = torch.where(asked, a, -1)
         return questions.flatten(1), targets.flatten(1)
+
+    def draw_k(self, shape, step, g):
+        """The hops of every question: in the test one of test_k, in training 1 to largest_k."""
+        if step < 0:
+            choices = torch.tensor(self.test_k, device=self.device)
+        else:
+            choices = torch.arange(1, self.largest_k(step) + 1, device=self.device)
+        return choices[torch.randint(len(choices), shape, generator=g, device=self.device)]
 
     def largest_k(self, step):
         """The most hops of a training step: 1 at first, K after the share `deeper` of the steps."""

@@ -19,6 +19,7 @@ PICTURES = LAB / "pictures"
 TASK_WORDS = {                             # a task, and one case of it, in words
     "ca": ("Cellular automaton", ""),
     "khop": ("Hops along a shuffled cycle", "hop"),
+    "hops": ("Hops along a shuffled cycle", "hop"),
     "trees": ("Roots of three trees", "edge"),
     "swaps": ("Swaps of four items", ""),
     "gsm": ("Word problems", "read"),
@@ -27,6 +28,7 @@ TASK_WORDS = {                             # a task, and one case of it, in word
 SETTING_WORDS = {                          # settings that a title names
     "ca": {"rule": "rule {}", "t": "steps asked for: {}", "W": "{} cells"},
     "khop": {"nodes": "{} nodes"},
+    "hops": {"nodes": "{} nodes", "k_law": "law of k: {}"},
     "trees": {"size": "{} nodes each", "depth": "trained up to depth {}"},
     "gsm": {"p": "numbers modulo {}", "reads": "chains of up to {} reads"},
 }

@@ -8,6 +8,7 @@ from lab.experiments import variants
 TASKS = {                                  # name: (module, class)
     "ca": ("train_ca", "Tapes"),
     "khop": ("train_khop", "Cycles"),
+    "hops": ("lab.experiments.hops", "Hops"),
     "gsm": ("train_gsm", "Problems"),
     "trees": ("lab.experiments.trees", "Trees"),
 }
@@ -41,6 +42,7 @@ ONE_TO_FOUR = {
     "--N 4": "trained with N = 4",
 }
 ALTERNATING = "alternating, hard eviction (the preset)"
+SMALL_CYCLE = "--nodes 12 --K 4 --queries 12 --L 24 --d_model 64 --batch_size 64 --steps 1200"
 DEEPER_N = (1, 2, 3, 4, 6, 8, 12, 16)
 
 EXPERIMENTS = {
@@ -128,6 +130,30 @@ EXPERIMENTS = {
             "--N 3 --every_pass --recall --grow_N 0.6 --steps 1130":
                 "N grows, recall, a loss after each pass",
         }, N_test=(3, 4, 6, 8), results="khop-levers"),
+    "fast_weights": Experiment(
+        "khop", "Other fast weights: what is read, and how often is written?", {
+            "--N 1 --seed 0 1 2": "1 pass",
+            "--N 1 --update_rule two_writes --seed 0 1 2": "1 pass, two writes a token",
+            "--N 1 --update_rule deep_read --seed 0 1 2": "1 pass, eight reads in a row",
+            "--N 1 --update_rule read_before --seed 0 1 2": "1 pass, reads the S before the pass",
+            "--N 3 --seed 0 1 2": "3 passes",
+            "--N 3 --update_rule read_before --seed 0 1 2": "3 passes, read the S before the pass",
+            "--N 3 --tell_pass --seed 0 1 2": "3 passes, each knows its number",
+        }, results="khop-fast-weights"),
+    "k_law": Experiment(
+        "hops", "Do questions from a power law teach three passes sooner?", {
+            f"{SMALL_CYCLE} --N 3 --seed 0 1 2": "all k as frequent, K grows",
+            f"{SMALL_CYCLE} --N 3 --k_law power --deeper 0 --seed 0 1 2": "k with weight k^-1.5",
+        }, results="hops-law"),
+    "hops": Experiment(
+        "hops", "Twenty nodes, up to eight hops: does a sleep learn to double?", {
+            "--N 3": "3 passes, all k",
+            "--N 4": "4 passes, all k",
+            "--N 6": "6 passes, all k",
+            "--N 3 --k_law doubles": "3 passes, k = 1, 2, 4, 8",
+            "--N 4 --k_law doubles": "4 passes, k = 1, 2, 4, 8",
+            "--N 6 --k_law doubles": "6 passes, k = 1, 2, 4, 8",
+        }, results="hops"),
     "layouts": Experiment(
         "khop", "Which hybrid, with and without sleep, at the same compute?", {
             "--N 1 --layout aa --eviction sliding --steps 2900":

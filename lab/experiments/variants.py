@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 import sleep
 
 DEFAULTS = dict(carry="hS", think=1, detach=0, recall=False, guess=False, every_pass=False,
-                parallel=False, loop=[], any_N=False, grow_N=0.0)
+                tell_pass=False, parallel=False, loop=[], any_N=False, grow_N=0.0)
 FLAGS = dict(
     carry="what a pass of a sleep hands to the next: hS, h or S; without S the last pass writes it",
     think="passes over an answer window",
@@ -23,11 +23,12 @@ FLAGS = dict(
     recall="before every pass but the first, h <- rms_norm(h) + embeddings",
     guess="before every pass but the first, h <- h + the embedding of what it would answer",
     every_pass="train on the answers after every pass n of the last sleep, with weight n",
+    tell_pass="before every pass n, h <- h + an embedding of n",
     parallel="attention and fast weights in every block, in parallel (layout a, aa, ...)",
     loop="first and stop of the blocks that are looped; if not given, all (Section 6.3)",
     any_N="draw N anew for every training step, from 1 to --N",
     grow_N="let N grow from 1 to --N over this first share of the steps")
-OF_SLEEP = ("carry", "think", "detach", "recall", "guess", "every_pass")     # flags of ChangedSleep
+OF_SLEEP = ("carry", "think", "detach", "recall", "guess", "every_pass", "tell_pass")   # of ChangedSleep
 
 
 def check(args):
@@ -100,7 +101,7 @@ class ChangedSleep(sleep.SleepLM):
     """A SleepLM with other passes; hard eviction. The arguments are described in FLAGS."""
 
     def __init__(self, cfg, carry="hS", think=1, detach=0, recall=False, guess=False,
-                 every_pass=False):
+                 every_pass=False, tell_pass=False):
         super().__init__(cfg)
         self.carry = carry
         self.think = think
@@ -108,6 +109,9 @@ class ChangedSleep(sleep.SleepLM):
         self.recall = recall
         self.guess = guess
         self.every_pass = every_pass
+        self.pass_embed = None
+        if tell_pass:                      # it starts at 0, and later passes share the last one
+            self.pass_embed = nn.Parameter(torch.zeros(cfg.N, cfg.d_model))
 
     def sleep(self, h, memory, N=None):
         return self.after_each_pass(h, memory, N)[-1]
@@ -128,6 +132,8 @@ class ChangedSleep(sleep.SleepLM):
             if self.guess and n > 0:
                 answers = self.head(self.norm(h)).softmax(-1)  # (B, T, vocab)
                 h = h + answers @ self.embed.weight
+            if self.pass_embed is not None:
+                h = h + self.pass_embed[min(n, len(self.pass_embed) - 1)]
             refined, written, _ = self.one_pass(h, S, memory.cache)
             if "h" in self.carry:
                 h = refined
@@ -238,6 +244,74 @@ class SpanLM(sleep.SleepLM):
             for i in range(first, stop):
                 h, S[i], cache[i] = self.blocks[i](h, S[i], cache[i])
         return h, S, cache
+
+
+# ------------------------------------------------------------------------------------------------
+# Other fast weights: further names for --update_rule
+
+class ReadBefore(sleep.FastWeights):
+    """`read_before`: a token reads the S that its window began this pass with.
+
+    So it does not see what earlier tokens wrote in the same pass.
+    """
+
+    def write_and_read(self, x, q, k, v, S):
+        _, new_S = super().write_and_read(x, q, k, v, S)
+        return q @ S.mT, new_S
+
+
+class TwoWrites(sleep.FastWeights):
+    """`two_writes`: a token writes twice, then reads (DeltaProduct, arXiv 2502.10297)."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.k2 = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
+        self.v2 = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
+        self.b2 = nn.Linear(cfg.d_model, cfg.n_head, bias=False)
+
+    def write_and_read(self, x, q, k, v, S):
+        ab = self.ab(x)
+        a, b = ab.transpose(1, 2).chunk(2, 1)                  # (B, H, T) each
+        speed = self.A_log.exp()[:, None]
+        log_alpha = -speed * F.softplus(a + self.dt_bias[:, None])
+        k2 = F.normalize(sleep.split_heads(F.silu(self.k2(x)), self.H), dim=-1)
+        v2 = sleep.split_heads(F.silu(self.v2(x)), self.H)
+        beta2 = self.b2(x).transpose(1, 2).sigmoid()
+        # Two steps of the rule a token. It forgets in the first and reads after the second.
+        o, S = sleep.gated_delta_rule_chunked(
+            in_turn(q, q), in_turn(k, k2), in_turn(v, v2),
+            in_turn(log_alpha, torch.zeros_like(log_alpha)), in_turn(b.sigmoid(), beta2), S)
+        return o[:, :, 1::2], S
+
+
+def in_turn(first, second):
+    """(B, H, T, ...) twice -> (B, H, 2 T, ...): first, second, first, second, ..."""
+    return torch.stack([first, second], 3).flatten(2, 3)
+
+
+class DeepRead(sleep.FastWeights):
+    """`deep_read`: what is read is a key to read with, up to eight times.
+
+    o = S q + w_2 S k_2 + w_3 S k_3 + ..., where k_2 is what S says at q, k_3 what it says at k_2;
+    weights w by token and head. The later reads take the S of the window's beginning.
+    """
+    READS = 8
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.w = nn.Linear(cfg.d_model, cfg.n_head * (self.READS - 1), bias=False)
+
+    def write_and_read(self, x, q, k, v, S):
+        o, new_S = super().write_and_read(x, q, k, v, S)
+        weights = self.w(x).unflatten(2, (self.H, -1)).permute(3, 0, 2, 1)     # (reads, B, H, T)
+        said = q @ S.mT                                        # (B, H, T, V), V = K
+        for weight in weights:
+            said = F.normalize(said, dim=-1) @ S.mT
+            o = o + weight[..., None] * said
+        return o, new_S
+
+
+sleep.UPDATE_RULES |= dict(read_before=ReadBefore, two_writes=TwoWrites, deep_read=DeepRead)
 
 
 # ------------------------------------------------------------------------------------------------
