@@ -33,8 +33,8 @@ from lab import common
 from lab.common import PICTURES, RESULTS, load_runs, mean
 from lab.course import demo, exercises, ladder, solutions
 from lab.experiments import __main__ as experiments
-from lab.experiments import (baselines, leaderboard, plots, reach, recall, registry, runner, swaps,
-                             trees, variants, when_to_wake, which_node)
+from lab.experiments import (baselines, hops, leaderboard, plots, reach, recall, registry, runner,
+                             swaps, trees, variants, when_to_wake, which_node)
 from lab.tools import (benchmark, draw_mechanism, draw_runs, gpu_check, interactive_page,
                        paper_figures)
 from sleep import Config, SleepLM
@@ -102,13 +102,10 @@ def is_png(path):
     return Path(path).read_bytes()[:4] == b"\x89PNG"
 
 
-def changed(carry="hS", think=1, detach=0, recall=False, guess=False, every_pass=False, **settings):
-    """A tiny model whose sleep is changed."""
-
-    def build(cfg):
-        return variants.ChangedSleep(cfg, carry, think, detach, recall, guess, every_pass)
-
-    return tiny(build, **settings)
+def changed(**settings):
+    """A tiny model whose sleep is changed, by arguments of ChangedSleep and of Config."""
+    changes = {flag: settings.pop(flag) for flag in variants.OF_SLEEP if flag in settings}
+    return tiny(lambda cfg: variants.ChangedSleep(cfg, **changes), **settings)
 
 
 def random_tokens(T, B=3, seed=0):
@@ -378,6 +375,89 @@ def test_a_span_repeats_its_passes_for_the_gradient_with_the_same_numbers():
     repeated = span(1, 3, N=3)
     repeated.recompute = True
     same_outcome(model, repeated, tokens, targets_for(tokens, 3))
+
+
+def fast_weights(name, d=16, H=2):
+    """Fast weights of this --update_rule in float64, and inputs for them: x, q, k, v, S."""
+    torch.manual_seed(0)
+    cfg = Config(7, 20, 8, layout="s", d_model=d, n_head=H, update_rule=name)
+    mixer = sleep.UPDATE_RULES[name](cfg).double()
+    x = torch.randn(3, 8, d).double()
+    q, k, v = F.normalize(torch.randn(3, 3, H, 8, d // H).double(), dim=-1)
+    return mixer, x, q, k, v, torch.randn(3, H, d // H, d // H).double()
+
+
+def test_fast_weights_that_read_before_see_no_write_of_the_same_pass_and_write_as_ever():
+    mixer, x, q, k, v, S = fast_weights("read_before")
+    o, new_S = mixer.write_and_read(x, q, k, v, S)
+    close(o, torch.einsum("bhvk,bhtk->bhtv", S, q), 1e-12)
+    plain = sleep.FastWeights.write_and_read(mixer, x, q, k, v, S)
+    close(new_S, plain[1], 1e-12)
+    differ(o, plain[0])
+
+
+def test_two_writes_a_token_are_two_steps_of_the_rule_and_one_read():
+    mixer, x, q, k, v, S = fast_weights("two_writes")
+    o, new_S = mixer.write_and_read(x, q, k, v, S)
+    a, b = (x @ mixer.ab.weight.T).transpose(1, 2).chunk(2, 1)
+    alpha = (-F.softplus(a + mixer.dt_bias[:, None])).exp()
+    k2 = F.normalize(sleep.split_heads(F.silu(mixer.k2(x)), 2), dim=-1)
+    v2 = sleep.split_heads(F.silu(mixer.v2(x)), 2)
+    beta2 = mixer.b2(x).sigmoid().transpose(1, 2)
+    for t in range(8):
+        S = alpha[:, :, t, None, None] * S
+        for beta, key, value in ((b.sigmoid(), k, v), (beta2, k2, v2)):
+            key, value = key[:, :, t], value[:, :, t]
+            lacking = value - torch.einsum("bhvk,bhk->bhv", S, key)
+            S = S + torch.einsum("bh,bhv,bhk->bhvk", beta[:, :, t], lacking, key)
+        close(o[:, :, t], torch.einsum("bhvk,bhk->bhv", S, q[:, :, t]), 1e-10)
+    close(new_S, S, 1e-10)
+
+
+def test_a_deep_read_follows_a_chain_of_keys():
+    mixer, x, _, k, v, S = fast_weights("deep_read", d=32)     # 16 keys a head
+    S = torch.eye(16).roll(1, 0).double().expand(3, 2, 16, 16)             # node i points to i + 1
+    q = torch.eye(16)[torch.arange(8)].double().expand(3, 2, 8, 16)
+    shallow, new_S = sleep.FastWeights.write_and_read(mixer, x, q, k, v, S)
+    for reads in range(2, 9):
+        weight = F.one_hot(torch.tensor([reads - 2] * 2), 7).flatten()     # so many reads alone
+        mixer.w.forward = lambda x: weight.expand(3, 8, 14)
+        o, S_deep = mixer.write_and_read(x, q, k, v, S)
+        close(o - shallow, torch.eye(16)[torch.arange(8) + reads].double().expand_as(o), 1e-12)
+        close(S_deep, new_S, 1e-12)
+
+
+def test_a_pass_that_knows_its_number_is_told_it_before_it_begins():
+    tokens = random_tokens(13)
+    model = changed(tell_pass=True, N=3)
+    same_logits = outcome(tiny(N=3), tokens, targets_for(tokens, 3))[0]
+    close(outcome(model, tokens, targets_for(tokens, 3))[0], same_logits, 1e-12)       # it starts at 0
+    with torch.no_grad():
+        model.pass_embed.copy_(torch.randn(3, model.cfg.d_model))
+    empty = model.empty_memory(3)
+    h = model.embed(random_tokens(5))
+    slept = model.sleep(h, empty)
+    S = empty.S
+    for n in range(3):
+        h, S, _ = model.one_pass(h + model.pass_embed[n], S, empty.cache)
+    close(slept.S[1], S[1], 1e-12)
+
+
+def test_every_law_of_k_draws_what_it_says_and_the_test_has_every_k():
+    counts = {}
+    for law in hops.K_LAWS:
+        task = task_of("hops", f"--k_law {law} --deeper 0 --batch_size 5000")
+        k = task.hops(task.make_batch(0)[0])
+        counts[law] = torch.bincount(k.flatten(), minlength=9)[1:] / k.numel()     # of 100,000
+        assert set(task.hops(task.test[0]).flatten().tolist()) == set(range(1, 9))
+    close(counts["all"], torch.full((8,), 1 / 8), 0.02)
+    weights = torch.arange(1, 9) ** -1.5
+    close(counts["power"], weights / weights.sum(), 0.02)
+    close(counts["doubles"], torch.tensor([1, 1, 0, 1, 0, 0, 0, 1]) / 4, 0.02)
+    assert (counts["doubles"][[2, 4, 5, 6]] == 0).all()
+    growing = task_of("hops", "--k_law doubles --deeper 1 --steps 100")
+    assert growing.hops(growing.make_batch(30)[0]).max() == 2              # 1 + 8 * 0.3 is 3.4
+    is_refused("one of all, power, doubles", hops.main, "--k_law some")
 
 
 def test_of_two_parallel_mixers_both_speak_and_only_the_fast_weights_remember():
