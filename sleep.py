@@ -245,7 +245,7 @@ class SleepLM(nn.Module):
         if first_awake < context:
             warnings.warn(f"{context - first_awake} tokens of context share a window of L = {L} with "
                           "an answer: the model does not sleep over them. If it should, fill whole "
-                          "windows (pad on the left).", stacklevel=3)
+                          "windows (pad on the left).", stacklevel=2)
         return asleep
 
     def algorithm_1(self, tokens, targets, asleep, N=None):
@@ -285,6 +285,7 @@ class SleepLM(nn.Module):
         if state is None:
             empty = self.empty_memory(len(tokens))
             state = (empty, empty, embedded[:, :0])
+        check_state(state, embedded, self.cfg)
         memory, before, window = state
         logits = []
         for h in embedded.split(1, dim=1):
@@ -627,6 +628,40 @@ def check_features(h, memory, cfg):
         raise ValueError(f"this memory belongs to a batch of {B}, not of {len(h)}.")
     if h.shape[1] == 0:
         raise ValueError("h must have at least one token.")
+    check_cache(memory, cfg)
+
+
+def check_cache(memory, cfg):
+    """That the blocks know as many of the latest tokens as a model of this Config leaves them."""
+    n_awake = memory.n_awake
+    most = n_awake if cfg.eviction == "hard" else n_awake + cfg.L - 1
+    known = n_awake
+    for block in memory.cache:
+        if block.keys is not None:
+            known = block.keys.shape[2]
+            if not n_awake <= known <= most:
+                raise ValueError(f"this memory is of a model with another eviction or L: it holds keys of "
+                                 f"{known} tokens, {n_awake} of them awake; here they may be {most}.")
+    for i, (kind, block) in enumerate(zip(cfg.layout, memory.cache)):
+        n = block.tail.shape[1]
+        fits = n >= min(3, known) if kind in cfg.conv else n == 0
+        if not fits:
+            raise ValueError(f"this memory is of a model with another conv than {cfg.conv!r}: block {i} "
+                             f"has a tail of {n} tokens.")
+
+
+def check_state(state, embedded, cfg):
+    """That state is what `stream` returned for as many sequences as are embedded (B, T, d)."""
+    if not isinstance(state, tuple) or isinstance(state, Memory) or len(state) != 3:
+        raise ValueError("state must be the three things that model.stream returned after the logits, "
+                         f"or None at the start; this is a {type(state).__name__}.")
+    memory, before, window = state
+    check_features(embedded, memory, cfg)
+    check_features(embedded, before, cfg)
+    wanted = (len(embedded), memory.n_awake, cfg.d_model)
+    if not torch.is_tensor(window) or window.shape != wanted or before.n_awake > 0:
+        raise ValueError("the parts of this state do not belong together: take all three from one call "
+                         "of model.stream.")
 
 
 def check_rule(q, k, v, log_alpha, beta, S):

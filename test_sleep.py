@@ -559,6 +559,7 @@ def test_context_that_shares_a_window_with_an_answer_is_said_in_a_warning():
             else:
                 text = str(said[0].message)
                 assert expected in text and "fill whole windows" in text, text
+                assert said[0].filename == sleep.__file__      # not a file of torch
 
 
 def test_N_may_be_given_per_call_and_per_window():
@@ -883,7 +884,53 @@ def test_memory_of_another_model_or_batch_is_refused_in_a_sentence():
         refused("this memory is of a model with layout", model.stream, tokens, state)
     refused("belongs to a batch of 2", model.wake, h, model.empty_memory(2))
     refused("memory must be a Memory", model.sleep, h, None)
+
+
+def test_memory_of_a_model_with_another_convolution_eviction_or_window_is_refused():
+    tokens = random_tokens(T=4)                                # awake, in a window of 5
+    for eviction in EVICTIONS:
+        for conv in ("", "a", "s", "as"):
+            model = tiny(conv=conv, eviction=eviction)
+            h = model.embed(tokens)
+            for other_conv in ("", "a", "s", "as"):
+                other = tiny(conv=other_conv, eviction=eviction)
+                memory = other.wake(h[:, :1], other.empty_memory(3))[1]
+                for read in (1, 2, 3):                         # tokens that the memory knows
+                    if other_conv == conv:
+                        model.wake(h[:, :1], memory)
+                    else:
+                        refused("with another conv than", model.wake, h[:, :1], memory)
+                        refused("with another conv than", model.sleep, h, memory)
+                    memory = other.wake(h[:, :1], memory)[1]
+                slept = other.sleep(h, other.empty_memory(3))
+                if other_conv == conv or eviction == "hard":   # all that hard eviction leaves is S
+                    model.sleep(h, slept)
+                else:
+                    refused("with another conv than", model.sleep, h, slept)
+    sliding = tiny(eviction="sliding")
+    slept = sliding.sleep(h, sliding.empty_memory(3))
+    sliding.wake(h, slept)
+    refused("another eviction or L", tiny().wake, h, slept)
+    refused("another eviction or L", tiny(eviction="sliding", L=4).wake, h, slept)
+
+
+def test_a_state_that_stream_did_not_return_is_refused_in_a_sentence():
+    model = tiny()
+    tokens = random_tokens(T=7)
+    state = model.stream(tokens)[1]
+    model.stream(tokens, state)
+    memory, before, window = state
+    for wrong in (0, [], (), memory, state[:2], list(state), "abc", tokens, dict(memory=memory)):
+        refused("state must be the three things", model.stream, tokens, wrong)
+    for wrong in ((None, before, window), (memory, None, window), (window, before, memory)):
+        refused("memory must be a Memory", model.stream, tokens, wrong)
+    other = model.stream(tokens[:, :6])[1]
+    for wrong in ((memory, before, None), (memory, before, window[:, :1]), (memory, memory, window),
+                  (memory, before, window[:2]), (other[0], before, window)):
+        refused("do not belong together", model.stream, tokens, wrong)
     refused("belongs to a batch of 2", model.stream, tokens, model.stream(tokens[:2])[1])
+    other = tiny(layout="as").stream(tokens)[1]
+    refused("with layout as", model.stream, tokens, (memory, other[1], window))
 
 
 def test_the_method_stands_alone_before_the_line_where_it_ends():
