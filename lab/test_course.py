@@ -3,6 +3,7 @@ import copy
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import torch
 
 import sleep
 from lab.course import make_notebook, tiny
+from test_sleep import patched, run
 
 
 # ------------------------------------------------------------------------------------------------
@@ -109,6 +111,15 @@ def test_tiny_learns_to_recall_an_edge():
     points = list(tiny.train(N=1, steps=100))
     assert [step for step, _ in points] == list(range(10, 101, 10))
     assert points[-1][1][0] > 0.3, points[-1]                  # one hop; chance is 1 / (NODES - 1)
+
+
+def test_tiny_is_short_and_takes_no_flags_but_help():
+    assert len(Path(tiny.__file__).read_text(encoding="utf-8").splitlines()) < 150
+    for argv, expected, words in ((["--help"], 0, "on three screens"), (["--steps", "3"], 2, "--steps 3")):
+        with patched(sys, "argv", ["tiny.py", *argv]):
+            status, text, err = run(runpy.run_path, tiny.__file__, None, "__main__")
+        assert status == expected and words in text + err, (argv, status, text, err)
+        assert "step  100" not in text
 
 
 # ------------------------------------------------------------------------------------------------

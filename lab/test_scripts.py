@@ -34,6 +34,7 @@ import test_sleep
 import train_ca
 import train_gsm
 import train_khop
+from lab.course import demo
 from sleep import Config, SleepLM
 from test_sleep import (ECHO, HERE, TASKS, Echo, a_run, close, echo, echo_plan, folder, gradients,
                         patched, random_tokens, refused, run, same, settings, targets_for, tiny,
@@ -465,6 +466,38 @@ def test_a_checkpoint_of_which_a_bit_has_changed_is_refused():
             for a, b in zip(found, expected, strict=True):     # what is read is what was written
                 assert torch.equal(a, b) if torch.is_tensor(a) else a == b
         assert refusals > 20
+
+
+def test_the_demonstration_refuses_a_checkpoint_that_it_cannot_show_in_a_sentence():
+    saved = torch.load(demo.SHIPPED, weights_only=True)
+    nan = saved["model"] | {"head.weight": saved["model"]["head.weight"] * torch.nan}
+    shape = saved["model"] | {"head.weight": saved["model"]["head.weight"][:1]}
+    run_of = saved["run"]
+    with folder() as place:
+        place.mkdir()
+        path = place / "x.pt"
+        for words, changes in (
+                ("not finite", dict(model=nan)), ("no checkpoint of train_khop.py", dict(model=shape)),
+                ("no checkpoint of train_khop.py", dict(model=[])),
+                ("no checkpoint of train_khop.py", dict(run=run_of | dict(task="ca"))),
+                ("no checkpoint of train_khop.py",
+                 dict(run=run_of | dict(settings=run_of["settings"] | dict(nodes=4))))):
+            torch.save(saved | changes, path)
+            refused_to_show(words, path)
+        damaged = bytearray(demo.SHIPPED.read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        path.write_bytes(damaged)
+        refused_to_show("a damaged one", path)
+        path.write_bytes(damaged[:1000])
+        refused_to_show("no checkpoint of train_khop.py", path)
+        refused_to_show("there is no checkpoint", place)
+        refused_to_show("there is no checkpoint", place / "y.pt")
+
+
+def refused_to_show(words, path):
+    status, text, err = run(demo.main, ["--checkpoint", str(path)])
+    assert status == 2 and not text and words in err and err.count("\n") == 1, (words, err)
+    assert not re.search(r"\w(Error|Input)\b", err), err         # no name of an exception
 
 
 def test_the_checkpoint_is_written_before_the_json():

@@ -50,9 +50,11 @@ def load(path):
         values = {flag: settings[flag] for flag in sleep.MODEL_FLAGS}
         model = sleep.SleepLM(sleep.Config(task.vocab_size, task.T, **values))
         model.load_state_dict(saved["model"])
-    except Exception as e:            # another file, a dict of other keys, a model of other shapes
-        raise sleep.BadInput(f"{path} is no checkpoint of train_khop.py ({type(e).__name__}): "
-                             "train one with `python train_khop.py --N 3`.") from None
+    except Exception:                 # another file, a dict of other keys, a model of other shapes
+        raise sleep.BadInput(f"{path} is no checkpoint of train_khop.py, or a damaged one: train one "
+                             "with `python train_khop.py --N 3`.") from None
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise sleep.BadInput(f"{path}: a weight of this model is not finite.")
     if task.feed or model.cfg.eviction != "hard":
         raise sleep.BadInput(f"{path}: only models with hard eviction are shown, without answers "
                              "in the input (--feed).")

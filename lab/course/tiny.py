@@ -6,6 +6,7 @@ seeds N = 3 answers at least 0.98 of the questions of three hops, N = 1 at most 
 With the same weights sleep.py, the reference, computes the same numbers. To stay small, this file
 has one head, the plain delta rule and hard eviction, and no short convolution.
 """
+import argparse
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -16,8 +17,7 @@ L = NODES                                  # window of attention: all edges, one
 d = 32                                     # width, and size of a key and of a value
 STEPS = 1000                               # of training
 
-# A token is two words, and their embeddings are added: an edge a > b is "from a" and "to b", a
-# question is "from a" and "k hops".
+# A token is the sum of two words: an edge is "from a" and "to b", a question "from a" and "k hops".
 TO = NODES                                 # the number of the word "to 0"; "from 0" is 0
 HOPS = 2 * NODES                           # the number of the word "1 hop"
 
@@ -27,8 +27,7 @@ def make_batch(size, hardest, g, test=False):
     name = torch.rand(16 * size, NODES, generator=g).argsort(1)    # place on the cycle -> node
     after = name.roll(-1, 1).gather(1, name.argsort(1))            # node -> the one after it
     for_test = (after * torch.arange(NODES) ** 2).sum(1) % 8 == 0  # a ninth of all cycles
-    name = name[for_test == test][:size]                           # 16 times as many were drawn
-    after = after[for_test == test][:size]
+    name, after = (x[for_test == test][:size] for x in (name, after))      # of 16 times as many
     a = torch.rand(size, NODES, generator=g).argsort(1)            # edges in random order
     edges = torch.stack([a, TO + after.gather(1, a)], 2)
     k = torch.randint(1, hardest + 1, (size, NODES), generator=g)
@@ -142,6 +141,7 @@ def train(N, steps=STEPS, seed=0):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
     print(f"Share of right answers, by hops from 1 to {K}; chance is {1 / (NODES - 1):.2f}.")
     for N in (1, 3):
