@@ -682,6 +682,7 @@ def check_rule(q, k, v, log_alpha, beta, S):
 # The method ends here. What follows trains it. ---------------------------------------------------
 import argparse
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -1150,8 +1151,9 @@ def parse(doc, presets, flags, argv=None):
     presets: {name: {flag: value}}; the value gives the flag's type, too. flags: {flag: help} of the
     task.
     """
-    p = argparse.ArgumentParser(description=doc.replace("%", "%%"), add_help=False, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=(doc or "").replace("%", "%%"), add_help=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
     p.error = lambda sentence: p.exit(2, f"{p.prog}: {sentence}\n")
     p.add_argument("--preset", choices=list(presets), default="cpu", help="default: cpu")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda (or cuda:1) or mps")
@@ -1235,8 +1237,10 @@ def main(doc, presets, flags, Task, argv=None, make_model=None, draw_N=None):
         p.error(e)
     except torch.OutOfMemoryError:
         p.error("there is not enough memory on this GPU: try --recompute or a smaller --batch_size.")
-    except (KeyboardInterrupt, BrokenPipeError) as e:
-        if isinstance(e, BrokenPipeError):                     # as by `| head`
+    except (KeyboardInterrupt, OSError) as e:
+        if isinstance(e, OSError):
+            if e.errno not in (errno.EPIPE, errno.ENOSPC):     # as by `| head`, or by a full disk
+                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print(f"stopped. To go on: the same command with --resume --out {out}", file=sys.stderr)
         sys.exit(130)
@@ -1278,7 +1282,6 @@ def run_all(name, args, plans, out, make_model=None, draw_N=None):
         print(f"{path.stem}: {run['parameters']:,} parameters, step {run['steps']} of {args.steps}")
     task, cfg, _ = plans[0]
     refuse_random_batches(task)
-    write_text(out / "command.txt", " ".join(sys.argv) + "\n")
     precision = "bfloat16 and float32" if cfg.bf16 else "float32"
     compiled = "compiled" if args.compile else "not compiled"
     if torch.device(args.device).type == "cuda" and not args.compile:
@@ -1293,6 +1296,7 @@ def run_all(name, args, plans, out, make_model=None, draw_N=None):
     runs = []
     for path, (task, cfg, settings) in zip(paths, plans):
         with locked(path):
+            write_text(out / "command.txt", " ".join(sys.argv) + "\n")
             model, optimizers, run = train(task, cfg, settings, path, make_model, draw_N)
             for N in args.N_test:
                 tested = run.setdefault("N_test", {})

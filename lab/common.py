@@ -3,6 +3,7 @@
 A file of results is {"runs": [...]}, with one run a line, so that a diff shows a run.
 """
 import argparse
+import errno
 import functools
 import json
 import os
@@ -71,8 +72,12 @@ def program(main):
             name = path.parent.name if path.name == "__main__.py" else path.name
             print(f"{name}: {e}", file=sys.stderr)
             sys.exit(2)
-        except BrokenPipeError:
+        except OSError as e:
+            if e.errno not in (errno.EPIPE, errno.ENOSPC):
+                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if e.errno == errno.ENOSPC:
+                sys.exit("the disk to which this prints is full.")
         except KeyboardInterrupt:
             sys.exit(130)
 

@@ -205,6 +205,25 @@ def test_the_notebook_is_what_jupyter_opens():
         assert (ROOT / path).exists(), path
 
 
+def test_bad_names_are_refused_before_the_notebook_runs():
+    notebook = str(make_notebook.NOTEBOOK)
+    with tempfile.TemporaryDirectory() as folder:
+        for words, argv in (("ends in .ipynb", [notebook, "--out", f"{folder}/x.txt"]),
+                            ("cannot be written", [notebook, "--out", f"{notebook}/x.ipynb"]),
+                            ("is a folder", [notebook, "--out", make_folder(folder, "x.ipynb")]),
+                            ("is no notebook", [str(ROOT / "README.md"), "--out", f"{folder}/y.ipynb"]),
+                            ("is not there", [f"{folder}/z.ipynb"])):
+            with patched(make_notebook, "run_cells", None):
+                status, text, err = run(make_notebook.main, argv)
+            assert status == 2 and words in err and err.count("\n") == 1, (argv, err)
+
+
+def make_folder(folder, name):
+    path = Path(folder) / name
+    path.mkdir()
+    return str(path)
+
+
 if __name__ == "__main__":
     for name, test in list(globals().items()):
         if name.startswith("test_"):

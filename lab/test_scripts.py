@@ -537,10 +537,13 @@ def test_a_file_is_whole_or_not_there():
 def test_a_second_process_is_refused_while_a_model_is_trained():
     with folder() as out:
         assert echo(f"--out {out}")[0] == 0
+        command = "the command of the other process"
+        (out / "command.txt").write_text(command)
         with sleep.locked(out / "N1-seed0.pt"):
             status, _, err = echo(f"--out {out} --resume --N_test 2")
             assert status == 2 and "another process is training N1-seed0" in err, err
             assert err.count("\n") == 1 and "N_test" not in a_run(out)
+            assert (out / "command.txt").read_text() == command
         assert echo(f"--out {out} --resume --N_test 2")[0] == 0
         assert set(a_run(out)["N_test"]) == {"2"}
 
@@ -612,6 +615,23 @@ def test_output_that_nobody_reads_any_more_is_no_traceback():
         process.stdout.close()                                 # as `| head -1` does
         err = process.stderr.read()
         assert process.wait() == 130 and "Traceback" not in err and "Exception" not in err, err
+
+
+def test_output_to_a_full_disk_is_a_sentence():
+    if not Path("/dev/full").exists():
+        print("skipped: there is no /dev/full here")
+        return
+    env = os.environ | dict(OMP_NUM_THREADS="1")
+    with folder() as out:
+        flags = ["--device", "cpu", *shlex.split(SMALL), "--N", "1", "--out", str(out)]
+        for script, more, expected, words in (
+                ("train_ca.py", flags, 130, f"stopped. To go on: the same command with --resume --out {out}"),
+                ("sleep.py", [], 1, "the disk to which this prints is full.")):
+            with open("/dev/full", "w") as full:
+                done = subprocess.run([sys.executable, str(HERE / script), *more], stdout=full,
+                                      stderr=subprocess.PIPE, text=True, env=env)
+            assert done.returncode == expected, done.stderr
+            assert words in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_console_without_umlauts_and_a_path_with_one_are_no_obstacle():
@@ -752,6 +772,8 @@ def test_help_shows_every_flag_with_its_default():
         assert status == 0
         for flag in (sleep.FLAGS | module.FLAGS):
             assert re.search(rf"--{flag}\b.*?\(default:", text, re.S), flag
+    status, text, _ = run(sleep.parse, None, ECHO, {}, ["--help"])         # as with python -OO
+    assert status == 0 and "--steps" in text
 
 
 def test_every_preset_makes_models_and_a_preset_without_eval_every_evaluates_ten_times():

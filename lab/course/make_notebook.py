@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from lab.common import LAB, parser, program
+from lab.common import LAB, check_output, parser, program
 from sleep import BadInput, write_text
 
 NOTEBOOK = LAB / "course" / "sleep.ipynb"
@@ -24,8 +24,8 @@ def read(path):
     try:
         notebook = json.loads(Path(path).read_text(encoding="utf-8"))
         notebook["cells"]
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        raise BadInput(f"{path} is no notebook ({type(e).__name__}).") from None
+    except (OSError, ValueError, TypeError, KeyError):
+        raise BadInput(f"{path} is no notebook, or is not there.") from None
     return notebook
 
 
@@ -78,9 +78,8 @@ def main(argv):
     p.add_argument("--out", type=Path, help="where it is stored; default: where it was")
     args = p.parse_args(argv)
     out = args.out or args.notebook
-    if out.suffix != ".ipynb":
-        raise BadInput(f"{out}: take a name that ends in .ipynb.")
     notebook = read(args.notebook)
+    check_output(out, ".ipynb")
     run_cells(notebook)
     write_text(out, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
 
