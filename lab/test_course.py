@@ -187,6 +187,18 @@ def test_the_notebook_shows_what_its_cells_print_and_its_solutions_are_right():
             assert alike(printed(before), printed(after)), (printed(before), printed(after))
 
 
+def test_without_the_project_the_notebook_says_what_to_do():
+    first = "".join(code_cells(make_notebook.read(make_notebook.NOTEBOOK))[0]["source"])
+    for address, words in (("", ""), ("/nothing/is/here.git", "/nothing/is/here.git")):
+        changed = first.replace('REPOSITORY = ""', f'REPOSITORY = "{address}"')
+        assert bool(address) == (changed != first)
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run([sys.executable, "-c", changed], cwd=folder, capture_output=True,
+                                  text=True)
+        assert done.returncode == 1 and words in done.stdout
+        assert done.stderr.startswith("The project is not here") and done.stderr.count("\n") == 1
+
+
 def test_the_notebook_is_what_jupyter_opens():
     stored = make_notebook.read(make_notebook.NOTEBOOK)
     assert stored["nbformat"] == 4 and stored["nbformat_minor"] >= 5
