@@ -575,6 +575,8 @@ def check_config(cfg):
         raise ValueError(f"update_rule {cfg.update_rule!r} must be one of {', '.join(UPDATE_RULES)}.")
     if cfg.conv not in ("", "a", "s", "as", "sa"):
         raise ValueError(f"conv {cfg.conv!r} must be '', a, s or as.")
+    if not isinstance(cfg.bf16, bool):         # the word "false" would be true
+        raise ValueError(f"bf16 {cfg.bf16!r} must be True or False.")
 
 
 def check_tokens(tokens, vocab_size):
@@ -640,28 +642,28 @@ def check_cache(memory, cfg):
         if block.keys is not None:
             known = block.keys.shape[2]
             if not n_awake <= known <= most:
-                raise ValueError(f"this memory is of a model with another eviction or L: it holds keys of "
-                                 f"{known} tokens, {n_awake} of them awake; here they may be {most}.")
+                raise ValueError("this memory is of a model with another eviction or L: it holds keys "
+                                 f"of {known} tokens, here they are from {n_awake} to {most}.")
     for i, (kind, block) in enumerate(zip(cfg.layout, memory.cache)):
         n = block.tail.shape[1]
         fits = n >= min(3, known) if kind in cfg.conv else n == 0
         if not fits:
-            raise ValueError(f"this memory is of a model with another conv than {cfg.conv!r}: block {i} "
-                             f"has a tail of {n} tokens.")
+            raise ValueError(f"this memory is of a model with another conv than {cfg.conv!r}: block "
+                             f"{i} has a tail of {n} tokens.")
 
 
 def check_state(state, embedded, cfg):
     """That state is what `stream` returned for as many sequences as are embedded (B, T, d)."""
     if not isinstance(state, tuple) or isinstance(state, Memory) or len(state) != 3:
-        raise ValueError("state must be the three things that model.stream returned after the logits, "
-                         f"or None at the start; this is a {type(state).__name__}.")
+        raise ValueError("state must be the three things that model.stream returned after the "
+                         f"logits, or None at the start; this is a {type(state).__name__}.")
     memory, before, window = state
     check_features(embedded, memory, cfg)
     check_features(embedded, before, cfg)
     wanted = (len(embedded), memory.n_awake, cfg.d_model)
     if not torch.is_tensor(window) or window.shape != wanted or before.n_awake > 0:
-        raise ValueError("the parts of this state do not belong together: take all three from one call "
-                         "of model.stream.")
+        raise ValueError("the parts of this state do not belong together: take all three from one "
+                         "call of model.stream.")
 
 
 def check_rule(q, k, v, log_alpha, beta, S):

@@ -286,6 +286,7 @@ def test_a_config_that_makes_no_sense_is_refused_in_a_sentence():
     refused("eviction 'soft' must be", config, eviction="soft")
     refused("update_rule 'x' must be one of", config, update_rule="x")
     refused("conv 'q' must be", config, conv="q")
+    refused("bf16 'false' must be", config, bf16="false")
 
 
 def test_numbers_of_numpy_are_numbers():

@@ -625,7 +625,7 @@ def test_output_to_a_full_disk_is_a_sentence():
     with folder() as out:
         flags = ["--device", "cpu", *shlex.split(SMALL), "--N", "1", "--out", str(out)]
         for script, more, expected, words in (
-                ("train_ca.py", flags, 130, f"stopped. To go on: the same command with --resume --out {out}"),
+                ("train_ca.py", flags, 130, f"the same command with --resume --out {out}"),
                 ("sleep.py", [], 1, "the disk to which this prints is full.")):
             with open("/dev/full", "w") as full:
                 done = subprocess.run([sys.executable, str(HERE / script), *more], stdout=full,
