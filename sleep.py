@@ -642,14 +642,14 @@ def check_cache(memory, cfg):
         if block.keys is not None:
             known = block.keys.shape[2]
             if not n_awake <= known <= most:
-                raise ValueError("this memory is of a model with another eviction or L: it holds keys "
-                                 f"of {known} tokens, here they are from {n_awake} to {most}.")
+                raise ValueError("this memory is of a model with another eviction or L: it holds "
+                                 f"keys of {known} tokens, here they are from {n_awake} to {most}.")
     for i, (kind, block) in enumerate(zip(cfg.layout, memory.cache)):
         n = block.tail.shape[1]
         fits = n >= min(3, known) if kind in cfg.conv else n == 0
         if not fits:
-            raise ValueError(f"this memory is of a model with another conv than {cfg.conv!r}: block "
-                             f"{i} has a tail of {n} tokens.")
+            raise ValueError(f"this memory is of a model with another conv than {cfg.conv!r}: "
+                             f"block {i} has a tail of {n} tokens.")
 
 
 def check_state(state, embedded, cfg):

@@ -115,7 +115,8 @@ def test_tiny_learns_to_recall_an_edge():
 
 def test_tiny_is_short_and_takes_no_flags_but_help():
     assert len(Path(tiny.__file__).read_text(encoding="utf-8").splitlines()) < 150
-    for argv, expected, words in ((["--help"], 0, "on three screens"), (["--steps", "3"], 2, "--steps 3")):
+    for argv, expected, words in ((["--help"], 0, "on three screens"),
+                                  (["--steps", "3"], 2, "--steps 3")):
         with patched(sys, "argv", ["tiny.py", *argv]):
             status, text, err = run(runpy.run_path, tiny.__file__, None, "__main__")
         assert status == expected and words in text + err, (argv, status, text, err)
@@ -219,11 +220,12 @@ def test_the_notebook_is_what_jupyter_opens():
 
 def test_bad_names_are_refused_before_the_notebook_runs():
     notebook = str(make_notebook.NOTEBOOK)
+    readme = str(ROOT / "README.md")
     with tempfile.TemporaryDirectory() as folder:
         for words, argv in (("ends in .ipynb", [notebook, "--out", f"{folder}/x.txt"]),
                             ("cannot be written", [notebook, "--out", f"{notebook}/x.ipynb"]),
                             ("is a folder", [notebook, "--out", make_folder(folder, "x.ipynb")]),
-                            ("is no notebook", [str(ROOT / "README.md"), "--out", f"{folder}/y.ipynb"]),
+                            ("is no notebook", [readme, "--out", f"{folder}/y.ipynb"]),
                             ("is not there", [f"{folder}/z.ipynb"])):
             with patched(make_notebook, "run_cells", None):
                 status, text, err = run(make_notebook.main, argv)

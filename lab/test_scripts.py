@@ -477,7 +477,8 @@ def test_the_demonstration_refuses_a_checkpoint_that_it_cannot_show_in_a_sentenc
         place.mkdir()
         path = place / "x.pt"
         for words, changes in (
-                ("not finite", dict(model=nan)), ("no checkpoint of train_khop.py", dict(model=shape)),
+                ("not finite", dict(model=nan)),
+                ("no checkpoint of train_khop.py", dict(model=shape)),
                 ("no checkpoint of train_khop.py", dict(model=[])),
                 ("no checkpoint of train_khop.py", dict(run=run_of | dict(task="ca"))),
                 ("no checkpoint of train_khop.py",

@@ -51,8 +51,8 @@ def load(path):
         model = sleep.SleepLM(sleep.Config(task.vocab_size, task.T, **values))
         model.load_state_dict(saved["model"])
     except Exception:                 # another file, a dict of other keys, a model of other shapes
-        raise sleep.BadInput(f"{path} is no checkpoint of train_khop.py, or a damaged one: train one "
-                             "with `python train_khop.py --N 3`.") from None
+        raise sleep.BadInput(f"{path} is no checkpoint of train_khop.py, or a damaged one: train "
+                             "one with `python train_khop.py --N 3`.") from None
     if not all(p.isfinite().all() for p in model.parameters()):
         raise sleep.BadInput(f"{path}: a weight of this model is not finite.")
     if task.feed or model.cfg.eviction != "hard":
