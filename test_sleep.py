@@ -1,12 +1,11 @@
 """Tests of the method and the training in sleep.py: a test with the claim as its name.
 
-    python test_sleep.py              all tests: these, and those of lab/test_*.py if they are there
+    python test_sleep.py              all tests: these, and those of lab/test_lab.py if it is there
     python test_sleep.py rule wake    those whose names contain one of the words
 
-The tests are in the order of sleep.py. lab/test_scripts.py tests the rest of sleep.py: compiled
-blocks, the machine, files, whole scripts. lab/test_tasks.py tests the tasks of the three train
-scripts. No GPU, no compiler and no network is needed. Exit status: 0 only if all of them ran and
-passed. pytest can collect these files, too.
+The tests are in the order of sleep.py. lab/test_lab.py tests all else: the machine, files, whole
+scripts, the three tasks, the course, the lab. No GPU, no compiler and no network is needed. Exit
+status: 0 only if all of them ran and passed. pytest can collect these files, too.
 """
 import ast
 import contextlib
@@ -1356,8 +1355,9 @@ def main():
         print(__doc__)
         sys.exit(0 if words[0] in ("-h", "--help") else 2)
     tests = tests_of(Path(__file__), "test_sleep")
-    for path in sorted((HERE / "lab").glob("test_*.py")):
-        tests += tests_of(path, f"lab.{path.stem}")
+    of_the_lab = HERE / "lab" / "test_lab.py"
+    if of_the_lab.exists():
+        tests += tests_of(of_the_lab, "lab.test_lab")
     if words:
         tests = [test for test in tests if any(word in test.split(":")[1] for word in words)]
     if not tests:

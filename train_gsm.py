@@ -1,11 +1,11 @@
 """Word problems in the spirit of GSM-Infinite (Sections 6.3 and 6.4, Figures 4 and 5)
 
-A question, then a text of shuffled sentences that each define one quantity, all modulo a prime p.
+A question, then a text of shuffled sentences that each define one quantity, all modulo p.
 Every quantity looks alike, few matter. The question is evicted first, then most of the text. The
-answer is one number, said in one pass, without a chain of thought. With p = 7:
+answer is one number, said in one pass, without a chain of thought. With p = 5:
 
-    duvi ? keba 4 plus numo . numo 5 . duvi 2 times keba . rilo numo minus sape . sape 3 .
-    answer duvi            4: `numo` is 5, `keba` is 4 + 5 = 2, `duvi` is 2 * 2
+    duvi ? keba 4 plus numo . numo 3 . duvi keba minus sape . rilo numo minus sape . sape 1 .
+    answer duvi            1: `numo` is 3, `keba` is 4 + 3 = 2, `sape` is 1, `duvi` is 2 - 1
 
 The depth of a question is its longest chain of reads: 1 if a sentence tells the number, else 1 more
 than that of the deepest quantity in its sentence. Here it is 3.
@@ -29,36 +29,38 @@ from tqdm import tqdm
 import sleep
 
 PRESETS = {
-    "cpu": dict(N=[1, 3], reads=4, questions=8, T=[52], L=52, p=7, names=40, tests=2000,
-                layout="as", d_model=64, n_head=2, steps=1600, batch_size=64,
+    "cpu": dict(N=[1, 3], reads=4, questions=8, T=[52], L=52, p=5, names=20, tests=2000,
+                deeper=0.4, layout="as", d_model=64, n_head=2, steps=1600, batch_size=64,
                 lr_muon=7e-3, lr_adamw=3e-3, cooldown=0.15, eval_every=200),
     "gpu": dict(N=[1, 2, 4], reads=8, questions=8, T=[160, 192, 224, 256], L=128, p=11, names=200,
-                tests=4000, layout="asas", d_model=256, n_head=4, steps=8000, batch_size=128,
+                tests=4000, deeper=0.4, layout="asas", d_model=256, n_head=4, steps=8000, batch_size=128,
                 lr_muon=2e-3, lr_adamw=1e-3, cooldown=0.1, eval_every=400),
     "paper": dict(N=[1, 4], reads=8, questions=8, T=[2000, 2400, 2800, 3200], L=2000, p=11,
-                  names=2000, tests=2000, layout="as" * 5, d_model=512, n_head=8, steps=4687,
+                  names=2000, tests=2000, deeper=0.4, layout="as" * 5, d_model=512, n_head=8, steps=4687,
                   batch_size=256, lr_muon=1e-3, lr_adamw=5e-4, eval_every=500, conv="s"),
 }
 FLAGS = dict(
     reads="the longest chain of reads that a question needs",
     questions="questions in a training sequence, all depths taking turns; a test has one",
     T="tokens before the answers; a batch has one of these, the test the largest",
-    p="a prime: all numbers are modulo p",
+    p="all numbers are modulo p",
     names="quantities that a text can speak of",
+    deeper="first share of the steps, in which training questions get deeper, from 1 read on",
     tests="problems of the test, as many of each depth")
-LIMITS = dict(reads=(1, 50), questions=(1, 1000), T=(1, 20_000), L=(1, 20_000), p=(5, 97),
-              names=(20, 4900), tests=(1, 100_000))
+LIMITS = dict(reads=(1, 50), questions=(1, 1000), T=(1, 20_000), L=(1, 20_000), p=(2, 100),
+              names=(20, 4900), tests=(1, 100_000), deeper=(0, 1))
 
-# Tokens: seven words, then the numbers 0..p-1, then the names.
-WORDS = "PAD . ? answer plus times minus".split()
-PAD, END, ASK, ANSWER, PLUS, TIMES, MINUS = range(7)
-ZERO = 7
+# Tokens: six words, then the numbers 0..p-1, then the names.
+WORDS = "PAD . ? answer plus minus".split()
+PAD, END, ASK, ANSWER, PLUS, MINUS = range(6)
+ZERO = 6
 ANSWER_TOKENS = 3                          # answer, name, number
-LONGEST = 5                                # tokens of the longest sentence
+SHORTEST = 3                               # tokens of a sentence that tells a number
+LONGEST = 5                                # tokens of a sentence with two quantities
 
 
 # ------------------------------------------------------------------------------------------------
-# A problem. `s` are the settings: reads, p, names.
+# A problem. `s` are the settings: p, names.
 
 class Quantity(NamedTuple):
     sentence: list             # tokens of its definition, the first is its name
@@ -78,31 +80,27 @@ def define(s, name, depth, by_depth, rng):
         return Quantity([name, ZERO + c, END], c, frozenset([name]))
     y = rng.choice(by_depth[depth - 1])
     z = rng.choice(rng.choice(by_depth[1:depth]))
-    form = rng.choice((END, PLUS, TIMES, MINUS))
+    form = rng.choice((END, PLUS, MINUS))
     if form == END:                                            # a copy
         return Quantity([name, y.sentence[0], END], y.value, y.constants)
-    constants = y.constants
-    if form != TIMES and y.constants.isdisjoint(z.constants):
-        constants = y.constants | z.constants
-        first, second = rng.sample((y, z), 2)
-        a, b = first.value, second.value
-        said = [first.sentence[0], form, second.sentence[0]]
-    else:
-        c = rng.randrange(2, s.p)                              # has an inverse: p is a prime
-        a, b = c, y.value
-        said = [ZERO + c, form, y.sentence[0]]
-    value = {PLUS: a + b, TIMES: a * b, MINUS: a - b}[form] % s.p
-    return Quantity([name, *said, END], value, constants)
+    c = rng.randrange(1, s.p)
+    x = Quantity([ZERO + c], c, frozenset())                   # a number
+    if y.constants.isdisjoint(z.constants):
+        x = z
+    a, b = rng.sample((x, y), 2)
+    value = a.value + b.value if form == PLUS else a.value - b.value
+    said = [a.sentence[0], form, b.sentence[0]]
+    return Quantity([name, *said, END], value % s.p, a.constants | b.constants)
 
 
-def make_text(s, room, rng):
-    """Quantities whose sentences fill `room` tokens -> by_depth, as `define` takes it.
+def make_text(s, room, deepest, rng):
+    """Quantities up to a depth, whose sentences fill `room` tokens -> by_depth, as in `define`.
 
     Every new one is of a depth that has the fewest so far, among those that can be reached.
     """
-    by_depth = [[] for _ in range(s.reads + 1)]
+    by_depth = [[] for _ in range(deepest + 1)]
     for name in rng.sample(range(ZERO + s.p, ZERO + s.p + s.names), s.names):
-        reached = [d for d in range(1, s.reads + 1) if d == 1 or by_depth[d - 1]]
+        reached = [d for d in range(1, deepest + 1) if d == 1 or by_depth[d - 1]]
         depth = min(reached, key=lambda d: (len(by_depth[d]), rng.random()))
         quantity = define(s, name, depth, by_depth, rng)
         room -= len(quantity.sentence)
@@ -112,12 +110,13 @@ def make_text(s, room, rng):
     return by_depth
 
 
-def make_problem(s, T, depths, rng):
-    """A question of each of these depths, and a text, in T tokens; then the answers.
+def make_problem(s, T, deepest, depths, rng):
+    """A question of each of these depths, and a text up to the deepest, in T tokens; then the
+    answers.
 
     -> tokens (T + 3 * questions), and the text: its sentences, in order of their names
     """
-    by_depth = make_text(s, T - len(depths) - 1, rng)
+    by_depth = make_text(s, T - len(depths) - 1, deepest, rng)
     sentences = [q.sentence for quantities in by_depth for q in quantities]
     rng.shuffle(sentences)
     for quantities in by_depth:
@@ -146,7 +145,7 @@ class Problems:
         self.T = max(args.T) + ANSWER_TOKENS * args.questions - 1
         self.check()
         depths = [[1 + i % args.reads] for i in range(args.tests)]
-        self.test = self.draw(max(args.T), depths, random.Random("test"), test=True)
+        self.test = self.draw(max(args.T), args.reads, depths, random.Random("test"), test=True)
         self.chance = dict(accuracy={str(d): 1 / args.p for d in range(1, args.reads + 1)})
 
     def check(self):
@@ -157,19 +156,19 @@ class Problems:
             for number in value if isinstance(value, list) else [value]:
                 if not low <= number <= high:
                     raise sleep.BadInput(f"--{flag} {number} must be from {low} to {high:,}.")
-        if any(args.p % i == 0 for i in range(2, args.p)):
-            raise sleep.BadInput(f"--p {args.p} must be a prime: then every factor has an inverse.")
         if args.tests < args.reads:
             raise sleep.BadInput(f"--tests {args.tests} must be one for each of the {args.reads} "
                                  "depths, or more.")
         if args.L > min(args.T):
             raise sleep.BadInput(f"--L {args.L} must be at most the {min(args.T)} tokens before "
                                  "the answers: a longer window is never full.")
-        quantities = args.reads * -(-args.questions // args.reads)             # rounded up
-        least = LONGEST * quantities + args.questions + 1
-        if min(args.T) < least or args.names < quantities:
-            raise sleep.BadInput(f"{args.questions} questions with chains of up to {args.reads} "
-                                 f"reads take {quantities} --names and --T {least}, or more.")
+        for deepest in range(1, args.reads + 1):               # make_text has no depth too few of
+            of_a_depth = -(-args.questions // deepest)         # rounded up
+            names = of_a_depth * deepest
+            T = of_a_depth * (SHORTEST + LONGEST * (deepest - 1)) + args.questions + 1
+            if min(args.T) < T or args.names < names:
+                raise sleep.BadInput(f"{args.questions} questions with chains of {deepest} reads "
+                                     f"take {names} --names and --T {T}, or more.")
         for flag, problems in (("tests", args.tests), ("batch_size", args.batch_size)):
             if problems * self.T > 3e7:
                 raise sleep.BadInput(f"--{flag} {problems} would be {problems * self.T / 1e6:,.0f} "
@@ -179,14 +178,18 @@ class Problems:
         """Step -> batch, from seed and step alone."""
         args = self.args
         rng = random.Random(f"train {self.seed} {step}")
+        deepest = args.reads
+        if step < args.deeper * args.steps:
+            deepest = 1 + int(args.reads * step / (args.deeper * args.steps))
         depths = []
         for _ in range(args.batch_size):
-            turns = -(-args.questions // args.reads)
-            row = sum([rng.sample(range(1, args.reads + 1), args.reads) for _ in range(turns)], [])
+            row = []
+            while len(row) < args.questions:                   # all depths take turns
+                row += rng.sample(range(1, deepest + 1), deepest)
             depths.append(row[:args.questions])
-        return self.draw(rng.choice(args.T), depths, rng, test=False)
+        return self.draw(rng.choice(args.T), deepest, depths, rng, test=False)
 
-    def draw(self, T, depths, rng, test):
+    def draw(self, T, deepest, depths, rng, test):
         """A row of depths for each problem -> tokens (B, T), targets (B, answers), depths (B, M).
 
         One text in eight is kept for the test, by a hash.
@@ -196,7 +199,7 @@ class Problems:
                           leave=False):
             is_test = None
             while is_test != test:
-                tokens, text = make_problem(self.args, T, asked, rng)
+                tokens, text = make_problem(self.args, T, deepest, asked, rng)
                 is_test = zlib.crc32(repr(text).encode()) % 8 == 0
             rows.append(tokens)
         tokens = torch.tensor(rows, device=self.args.device)

@@ -1,88 +1,1551 @@
-"""The claims of lab/ and of its pages, each as a test with the claim as its name.
+"""Tests of all that is not the method: the machine, files and scripts; the three tasks; the course;
+the lab and its pages. A test has its claim as its name.
 
-    python -m lab.test_lab              all of them, two minutes on one core
-    python -m lab.test_lab trees wake   those whose names contain one of the words
+    python test_sleep.py                     all tests, those of this file among them
+    python test_sleep.py resume compiled     those whose names contain one of the words
 """
 import argparse
 import ast
 import contextlib
+import copy
 import importlib
 import io
 import json
 import math
+import os
+import pickle
+import random
 import re
+import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-import traceback
+from collections import Counter
 from functools import cache
+from itertools import combinations, product
 from pathlib import Path
 from types import SimpleNamespace
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sleep
+import test_sleep
 import train_ca
 import train_gsm
 import train_khop
 from lab import common
 from lab.common import PICTURES, RESULTS, load_runs, mean
-from lab.course import demo, exercises, ladder, solutions
+from lab.course import demo, exercises, ladder, make_notebook, solutions
+from lab.course import tiny as tiny_py
 from lab.experiments import __main__ as experiments
 from lab.experiments import (baselines, hops, leaderboard, plots, reach, recall, registry, runner,
                              swaps, trees, variants, when_to_wake, which_node)
 from lab.tools import (benchmark, draw_mechanism, draw_runs, gpu_check, interactive_page,
                        paper_figures)
 from sleep import Config, SleepLM
-from test_sleep import patched, targets_for, tiny
+from test_sleep import (ECHO, HERE, TASKS, Echo, a_run, built, close, echo, echo_plan, folder,
+                        gradients, patched, random_tokens, refused, run, same, settings,
+                        targets_for, tiny, weights)
 
-HERE = Path(__file__).resolve().parents[1]
+
+# ================================================================================================
+# Part 1: the rest of sleep.py, from compiled blocks to whole scripts
+
+# ------------------------------------------------------------------------------------------------
+# Compiled blocks
+
+def compiled_with(backend):
+    """torch.compile without code for a machine: no compiler is needed."""
+    original = torch.compile
+    return patched(torch, "compile", lambda f, **kwargs: original(f, backend=backend, **kwargs))
+
+
+def compiled_and_plain(backend, N, T, layout, eviction, recompute):
+    """Loss and gradients of a step, compiled and plain, and the number of graphs."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+    torch._dynamo.reset()
+    sleep.set_up_torch("cpu")
+    counter = CompileCounterWithBackend(backend)
+    tokens = random_tokens(T=T)
+    results = []
+    for compile in (True, False):
+        model = tiny(layout=layout, eviction=eviction)
+        with compiled_with(counter):
+            f = sleep.make_gradients(model, compile, recompute)
+            loss = f(tokens, targets_for(tokens, 5), N)
+        results.append([loss] + [p.grad for p in model.parameters()])
+    torch._dynamo.reset()
+    return *results, counter.frame_count
+
+
+def test_compiled_blocks_are_the_plain_ones_and_neither_N_nor_windows_nor_layers_add_graphs():
+    for eviction, recompute, backend in (("hard", False, "aot_eager_decomp_partition"),
+                                         ("sliding", True, "eager")):
+        compiled, plain, graphs = compiled_and_plain(backend, 2, 15, "as", eviction, recompute)
+        for x, y in zip(compiled, plain, strict=True):
+            close(x, y, 1e-10)
+        *_, more = compiled_and_plain("eager", 3, 20, "asas", eviction, recompute)
+        assert 0 < graphs == more <= 8, (eviction, graphs, more)
+
+
+def test_attention_that_thaws_after_a_warm_up_gets_its_gradients_when_it_is_compiled():
+    sleep.set_up_torch("cpu")
+    torch._dynamo.reset()
+    tokens = random_tokens(T=5)
+    models = [tiny(), tiny()]
+    with compiled_with("aot_eager"):
+        compiled = sleep.make_gradients(models[0], True, False)
+        plain = sleep.make_gradients(models[1], False, False)
+        for step in range(4):
+            for model in models:
+                for block in model.blocks:
+                    block.requires_grad_(block.kind == "s" or step >= 2)
+            compiled(tokens, tokens, 2)
+            plain(tokens, tokens, 2)
+            for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
+                assert (p.grad is None) == (q.grad is None), (step, name)
+                if q.grad is not None:
+                    close(p.grad, q.grad, 1e-10)
+    torch._dynamo.reset()
+
+
+def test_a_copy_an_average_and_a_pickle_of_a_compiled_model_compute_with_their_own_weights():
+    sleep.set_up_torch("cpu")
+    tokens = random_tokens(T=10)
+    targets = targets_for(tokens, 5)
+    for recompute in (False, True):
+        torch._dynamo.reset()
+        model = tiny(layout="as")
+        with compiled_with("eager"):
+            sleep.make_gradients(model, True, recompute)(tokens, targets, 2)
+            copied = copy.deepcopy(model)
+            averaged = torch.optim.swa_utils.AveragedModel(model)
+            pickled = pickle.loads(pickle.dumps(model))
+            for other in (copied, averaged.module, pickled):
+                with torch.no_grad():
+                    for p in other.parameters():
+                        p *= 1.1
+                fresh = tiny(layout="as")
+                fresh.load_state_dict(other.state_dict())
+                logits, grads = gradients(other, tokens, targets)
+                expected, expected_grads = gradients(fresh, tokens, targets)
+                close(logits, expected, 1e-10)
+                assert (logits - model(tokens, targets)[0]).abs().max() > 1e-3
+                for name, grad in expected_grads.items():
+                    close(grads[name], grad, 1e-8)
+    torch._dynamo.reset()
+
+
+def test_a_step_that_is_compiled_for_this_machine_is_the_plain_step():
+    missing = sleep.why_no_compile("cpu")
+    if missing:
+        print(f"skipped: blocks compiled for this CPU, since {missing}")
+        return
+    sleep.set_up_torch("cpu")
+    torch._dynamo.reset()
+    tokens = random_tokens(T=10)
+    losses = []
+    grads = []
+    for compile in (False, True):
+        model = tiny(layout="s")
+        f = sleep.make_gradients(model, compile, False)
+        losses.append(f(tokens, targets_for(tokens, 5), 1))
+        grads.append([p.grad for p in model.parameters()])
+    close(losses[1], losses[0], 1e-10)
+    for plain, compiled in zip(*grads, strict=True):
+        close(compiled, plain, 1e-8)
+    torch._dynamo.reset()
 
 
 # ------------------------------------------------------------------------------------------------
+# The machine
+
+@contextlib.contextmanager
+def machine(gpu=None, archs=("sm_75", "sm_80", "sm_90"), mps=False, triton=True,
+            compilers=("g++", "gcc"), headers=True, python_too_new=False):
+    """A machine as torch would see it. gpu: the capability of its GPU, (8, 0) for an A100."""
+    sleep.set_up_torch("cpu")              # imports the compiler, which looks at the true machine
+    compile = torch.compile
+
+    def compile_here(*args, **kwargs):
+        if python_too_new:
+            raise RuntimeError("torch.compile is not supported on Python 3.99+\nmore lines")
+        return compile(*args, **kwargs)
+
+    def is_bf16_supported(including_emulation=True):
+        return gpu is not None and (gpu >= (8, 0) or including_emulation)
+
+    environment = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
+    with contextlib.ExitStack() as stack:
+        include = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if headers:
+            (include / "Python.h").touch()
+        for place, name, value in (
+                (torch.cuda, "is_available", lambda: gpu is not None),
+                (torch.cuda, "device_count", lambda: int(gpu is not None)),
+                (torch.cuda, "get_device_capability", lambda device=None: gpu),
+                (torch.cuda, "get_device_name", lambda device=None: "a GPU"),
+                (torch.cuda, "get_arch_list", lambda: list(archs)),
+                (torch.cuda, "is_bf16_supported", is_bf16_supported),
+                (torch.backends.mps, "is_available", lambda: mps),
+                (torch, "compile", compile_here),
+                (sleep, "find_spec", lambda name: object() if triton else None),
+                (sleep.shutil, "which", lambda name: name if name in compilers else None),
+                (sleep.sysconfig, "get_paths", lambda: dict(include=str(include))),
+                (os, "environ", environment)):
+            stack.enter_context(patched(place, name, value))
+        yield
+
+
+P100 = (6, 0)
+T4 = (7, 5)
+A100 = (8, 0)
+
+
+def test_the_machine_decides_device_bfloat16_and_compiling():
+    for here, device, bf16, compiled, words in (
+            (dict(), "cpu", False, False, ""),
+            (dict(compilers=()), "cpu", False, False, "there is no C++ compiler"),
+            (dict(compilers=("clang++",)), "cpu", False, False, ""),
+            (dict(headers=False), "cpu", False, False, "the headers of Python are missing"),
+            (dict(python_too_new=True), "cpu", False, False, "cannot compile here"),
+            (dict(mps=True), "cpu", False, False, ""),         # MPS only when it is asked for
+            (dict(gpu=T4), "cuda", False, True, ""),
+            (dict(gpu=A100), "cuda", True, True, ""),
+            (dict(gpu=A100, triton=False), "cuda", True, False, "Triton is not installed"),
+            (dict(gpu=A100, compilers=("g++",)), "cuda", True, False, "there is no C compiler"),
+            (dict(gpu=A100, python_too_new=True), "cuda", True, False, "cannot compile here"),
+            (dict(gpu=P100, archs=("sm_60", "sm_80")), "cuda", False, False, "too old for Triton")):
+        with machine(**here):
+            assert sleep.choose_device() == device, here
+            assert sleep.has_bf16(device) == bf16, here
+            why = sleep.why_no_compile(device)
+            assert words in why and bool(words) == bool(why) and "\n" not in why, (here, why)
+            assert sleep.parse("", ECHO, {}, [])[1].compile == compiled, here
+            if words:
+                status, _, err = run(sleep.parse, "", ECHO, {}, ["--compile"])
+                assert status == 2 and words in err and err.count("\n") == 1, (here, err)
+                assert not sleep.parse("", ECHO, {}, ["--no-compile"])[1].compile
+
+
+def test_a_device_that_is_not_there_is_refused_in_a_sentence():
+    with machine(mps=True):
+        assert sleep.choose_device("mps") == "mps"
+        assert "MPS" in sleep.why_no_compile("mps") and not sleep.has_bf16("mps")
+    with machine(gpu=A100):
+        assert sleep.choose_device("cuda:0") == "cuda:0" and sleep.choose_device("cpu") == "cpu"
+        refused("there is no device 'cuda:1' here", sleep.choose_device, "cuda:1")
+    with machine(gpu=P100):
+        refused("no kernels for the GPU a GPU (sm_60; it was built for sm_75", sleep.choose_device)
+        status, _, err = run(sleep.parse, "", ECHO, {}, [])
+        assert status == 2 and "take --device cpu" in err and err.count("\n") == 1
+        assert sleep.choose_device("cpu") == "cpu"
+    with machine():
+        for device in ("cuda", "mps", "tpu", "xpu", "cpu:x"):
+            refused(f"there is no device '{device}' here", sleep.choose_device, device)
+        with patched(torch.version, "cuda", "12.8"):
+            refused("is the driver too old?", sleep.choose_device, "cuda")
+
+
+@contextlib.contextmanager
+def device_without_data():
+    """torch's "meta" in the place of a GPU: a tensor of the CPU that slips in is refused."""
+    class Generator(torch.Generator):
+        def __new__(cls, device="cpu"):
+            return super().__new__(cls, "cpu")
+
+    class OneDevice(TorchDispatchMode):    # "meta" alone would take indices of the CPU
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            tensors = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x) and x.ndim]
+            there = {x.device.type for x in tensors}
+            assert len(there) < 2 or f.overloadpacket == torch.ops.aten.copy_, f"{f} of {there}"
+            return f(*args, **kwargs)
+
+    def no_autocast(*args, **kwargs):
+        return contextlib.nullcontext()
+
+    with patched(torch, "Generator", Generator), patched(torch, "autocast", no_autocast), patched(
+            sleep, "check_tokens", lambda *args: None), OneDevice():
+        yield
+
+
+def a_step_on_meta(module, task, args, eviction):
+    if module is train_gsm:
+        task.args = copy.copy(args)
+        task.args.device = "meta"
+    task.device = "meta"
+    tokens, targets, *facts = task.make_batch(0)
+    assert all(x.device.type == "meta" for x in (tokens, targets, *facts))
+    values = {flag: getattr(args, flag) for flag in sleep.MODEL_FLAGS}
+    cfg = Config(task.vocab_size, task.T, **values | dict(N=2, eviction=eviction))
+    model = SleepLM(cfg).to("meta")
+    windows = math.ceil(tokens.shape[1] / cfg.L)
+    model.algorithm_1(tokens, targets, [True] * (windows - 1) + [False])[1].backward()
+    for optimizer in sleep.make_optimizers(model, 0.1, 0.1):
+        optimizer.step()
+
+
+def test_no_tensor_of_a_batch_or_a_step_is_made_on_another_device():
+    for module, flags, eviction in (
+            (train_ca, "--batch_size 8", "hard"), (train_ca, "--batch_size 8", "sliding"),
+            (train_khop, "--batch_size 8", "sliding"),
+            (train_khop, "--words --feed --L 24 --n_law law --batch_size 8", "hard"),
+            (train_gsm, "--tests 40 --batch_size 4", "hard")):
+        args = settings(module, flags)
+        task = TASKS[module](args, 0)
+        with device_without_data():
+            a_step_on_meta(module, task, args, eviction)
+    with device_without_data():
+        args = settings(train_ca, "--batch_size 8")
+        task = TASKS[train_ca](args, 0)
+        of_the_cpu = torch.zeros(1, dtype=torch.long)
+        with patched(train_ca, "evolve", lambda cells, rule, t: cells + of_the_cpu):
+            try:
+                a_step_on_meta(train_ca, task, args, "hard")
+            except (AssertionError, RuntimeError) as e:
+                assert "meta" in str(e)
+            else:
+                raise LookupError("a tensor of the CPU was not noticed")
+
+
+# ------------------------------------------------------------------------------------------------
+# Files: checkpoints, --resume
+
+def stop_at(step, number=signal.SIGINT):
+    """A task that is stopped by a signal at a step."""
+    class Stopped(Echo):
+        def make_batch(self, now):
+            if now == step:
+                os.kill(os.getpid(), number)
+                time.sleep(1)
+            return super().make_batch(now)
+    return Stopped
+
+
+def test_a_resumed_run_is_a_straight_run_whatever_stopped_it():
+    def draw_N(step, settings):
+        steps.append(step)
+        return 1 + (step // 4 + step) % 2
+
+    with folder() as a, folder() as b:
+        flags = "--eval_every 2 --cooldown 0.5 --N_test 3"
+        steps = []
+        assert echo(f"{flags} --out {a}", draw_N=draw_N)[0] == 0
+        b.mkdir()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stopped = stop_at(5, number)
+            status, text, err = echo(f"{flags} --out {b} --resume", stopped, draw_N=draw_N)
+            assert status == 130 and f"same command with --resume --out {b}" in err, err
+            assert a_run(b)["steps"] == 4 and not same(weights(a), weights(b))
+        saved = torch.load(b / "N1-seed0.pt", weights_only=True)
+        saved["run"]["seconds"] = 1000.0
+        torch.save(saved, b / "N1-seed0.pt")
+        steps = []
+        status, text, err = echo(f"{flags} --out {b} --resume", draw_N=draw_N)
+        assert status == 0 and "step 4 of 8" in text, err
+        assert steps == [4, 5, 6, 7]
+        assert same(weights(a), weights(b))
+        straight = a_run(a)
+        resumed = a_run(b)
+        assert resumed.pop("seconds") > 1000 > straight.pop("seconds")     # those before count, too
+        assert resumed == straight
+        assert [entry["step"] for entry in resumed["curve"]] == [2, 4, 6, 8]
+
+
+def test_a_finished_model_is_tested_with_other_N_without_training_again():
+    with folder() as out:
+        assert echo(f"--out {out}")[0] == 0
+        before = weights(out)
+        tests = []
+        evaluate = sleep.evaluate
+
+        def spy(model, task, batch, N=None):
+            tests.append(N)
+            return evaluate(model, task, batch, N)
+
+        with patched(sleep, "evaluate", spy):
+            for flags in ("--N_test 1 4", "--N_test 4 2", ""):
+                status, text, _ = echo(f"--out {out} --resume {flags}")
+                assert status == 0 and "step 8 of 8" in text
+        assert tests == [1, 4, 2] and set(a_run(out)["N_test"]) == {"1", "2", "4"}
+        assert a_run(out)["N_test"]["1"]["right"] == a_run(out)["right"]
+        assert same(before, weights(out))
+        assert echo(f"--N 1 2 --out {out} --resume")[0] == 0
+        assert set(a_run(out)["N_test"]) == {"1", "2", "4"}    # nothing finished is lost
+        assert "N_test" not in a_run(out, "N2-seed0.json")
+
+
+def test_resume_refuses_every_setting_that_differs_or_that_one_side_lacks():
+    task, cfg, settings = echo_plan()
+    run = dict(task="echo", settings=dict(settings))
+    path = Path("N1-seed0.pt")
+    sleep.refuse_other_settings(path, run, task, settings)
+    assert {"N", "seed", "L", "layout", "lr_muon", "lr_adamw", "steps", "device"} <= set(settings)
+    for flag in settings:
+        less = {name: value for name, value in settings.items() if name != flag}
+        changes = [dict(settings, **{flag: "another"}), less]
+        for changed in changes:
+            if flag in ("compile", "recompute"):               # the numbers do not depend on them
+                sleep.refuse_other_settings(path, run, task, changed)
+                continue
+            refused(f"{flag} was", sleep.refuse_other_settings, path, run, task, changed)
+            other = dict(run, settings=changed)
+            refused(f"{flag} was", sleep.refuse_other_settings, path, other, task, settings)
+    refused("t was None, is 3", sleep.refuse_other_settings, path, run, task, dict(settings, t=3))
+    other = dict(run, task="ca")
+    refused("task was ca, is echo", sleep.refuse_other_settings, path, other, task, settings)
+    with folder() as out:
+        assert echo(f"--out {out}")[0] == 0
+        (out / "command.txt").write_text("the first command")
+        before = weights(out)
+        for flags in ("--lr_muon 0.02", "--batch_size 9", "--update_rule delta", "--d_model 32"):
+            status, _, err = echo(f"--out {out} --resume {flags}")
+            flag = flags.split()[0][2:]
+            assert status == 2 and f"{flag} was" in err and err.count("\n") == 1, err
+        assert (out / "command.txt").read_text() == "the first command"    # nothing is changed
+        assert same(before, weights(out))
+
+
+def test_resume_needs_its_folder_and_a_run_without_it_another_one():
+    with folder() as out:
+        for flags in ("--resume", f"--resume --out {out}"):
+            status, _, err = echo(flags)
+            assert status == 2 and "--resume needs --out" in err and err.count("\n") == 1
+        assert not out.exists()
+        assert echo(f"--out {out}")[0] == 0
+        status, _, err = echo(f"--out {out}")
+        assert status == 2 and "add --resume" in err and err.count("\n") == 1
+
+
+def test_a_folder_of_another_task_is_not_resumed_into():
+    with folder() as out:
+        out.mkdir()
+        (out / "N1-seed0.json").write_text(json.dumps(dict(task="ca")), encoding="utf-8")
+        line = ["--N", "2", "--steps", "1", "--resume", "--out", str(out)]
+        status, _, err = run(sleep.main, train_khop.__doc__, train_khop.PRESETS, train_khop.FLAGS,
+                             train_khop.Cycles, line)
+        assert status == 2 and "holds runs of the task ca, not of khop" in err, err
+
+
+def test_a_checkpoint_that_is_broken_is_refused_and_one_without_its_json_is_not():
+    with folder() as out:
+        assert echo(f"--out {out}")[0] == 0
+        path = out / "N1-seed0.pt"
+        before = weights(out)
+        saved = torch.load(path, weights_only=True)
+        less = {name: p for name, p in saved["model"].items() if "head" not in name}
+        for broken in ({}, saved | dict(model=less), saved | dict(optimizers=[]),
+                       saved | dict(run={}), dict(model=saved["model"], run=saved["run"]), [1]):
+            torch.save(broken, path)
+            status, _, err = echo(f"--out {out} --resume")
+            assert status == 2 and "is no checkpoint of this model" in err, err
+            assert err.count("\n") == 1
+        for broken in (b"PK broken", b""):
+            path.write_bytes(broken)
+            status, _, err = echo(f"--out {out} --resume")
+            assert status == 2 and "cannot be read as a checkpoint" in err, err
+            assert err.count("\n") == 1
+        path.unlink()
+        status, _, err = echo(f"--out {out} --resume")
+        assert status == 2 and "is gone, but its .json is not" in err
+        torch.save(saved, path)
+        path.with_suffix(".json").unlink()                     # killed between the two files
+        assert echo(f"--out {out} --resume")[0] == 0
+        assert same(before, weights(out)) and a_run(out)["steps"] == 8
+
+
+def test_a_checkpoint_of_which_a_bit_has_changed_is_refused():
+    with folder() as out:
+        assert echo(f"--out {out}")[0] == 0
+        path = out / "N1-seed0.pt"
+        good = path.read_bytes()
+        expected = tree_leaves(sleep.read_checkpoint(path))
+        rng = random.Random(0)
+        refusals = 0
+        for _ in range(60):
+            damaged = bytearray(good)
+            damaged[rng.randrange(len(good))] ^= 1 << rng.randrange(8)
+            path.write_bytes(damaged)
+            try:
+                found = tree_leaves(sleep.read_checkpoint(path))
+            except sleep.BadInput as e:
+                assert "delete it to train the model anew" in str(e)
+                refusals += 1
+                continue
+            for a, b in zip(found, expected, strict=True):     # what is read is what was written
+                assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+        assert refusals > 20
+
+
+def test_the_demonstration_refuses_a_checkpoint_that_it_cannot_show_in_a_sentence():
+    saved = torch.load(demo.SHIPPED, weights_only=True)
+    nan = saved["model"] | {"head.weight": saved["model"]["head.weight"] * torch.nan}
+    shape = saved["model"] | {"head.weight": saved["model"]["head.weight"][:1]}
+    run_of = saved["run"]
+    with folder() as place:
+        place.mkdir()
+        path = place / "x.pt"
+        for words, changes in (
+                ("not finite", dict(model=nan)),
+                ("no checkpoint of train_khop.py", dict(model=shape)),
+                ("no checkpoint of train_khop.py", dict(model=[])),
+                ("no checkpoint of train_khop.py", dict(run=run_of | dict(task="ca"))),
+                ("no checkpoint of train_khop.py",
+                 dict(run=run_of | dict(settings=run_of["settings"] | dict(nodes=4))))):
+            torch.save(saved | changes, path)
+            refused_to_show(words, path)
+        damaged = bytearray(demo.SHIPPED.read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        path.write_bytes(damaged)
+        refused_to_show("a damaged one", path)
+        path.write_bytes(damaged[:1000])
+        refused_to_show("no checkpoint of train_khop.py", path)
+        refused_to_show("there is no checkpoint", place)
+        refused_to_show("there is no checkpoint", place / "y.pt")
+
+
+def refused_to_show(words, path):
+    status, text, err = run(demo.main, ["--checkpoint", str(path)])
+    assert status == 2 and not text and words in err and err.count("\n") == 1, (words, err)
+    assert not re.search(r"\w(Error|Input)\b", err), err         # no name of an exception
+
+
+def test_the_checkpoint_is_written_before_the_json():
+    order = []
+    write = sleep.write
+
+    def spy(path, save_to):
+        order.append(path.suffix)
+        write(path, save_to)
+
+    with folder() as out, patched(sleep, "write", spy):
+        task, cfg, settings = echo_plan()
+        sleep.train(task, cfg, settings, out / "N1-seed0.pt")
+    assert order == [".pt", ".json"] * 2
+
+
+def test_a_file_is_whole_or_not_there():
+    with folder() as out:
+        path = out / "x"
+        sleep.write_text(path, "old")
+
+        def full_disk(temporary):
+            temporary.write_text("half")
+            raise OSError(28, "No space left on device")
+
+        def full_disk_in_torch(temporary):
+            temporary.write_text("half")
+            raise RuntimeError("unexpected pos 64 vs 0")
+
+        refused("could not be written (No space left on device)", sleep.write, path, full_disk)
+        refused("could not be written (is the disk full?)", sleep.write, path, full_disk_in_torch)
+        refused("could not be written", sleep.write_text, path / "in a file", "new")
+        assert path.read_text() == "old"
+        assert [file.name for file in out.iterdir()] == ["x"]
+
+
+def test_a_second_process_is_refused_while_a_model_is_trained():
+    with folder() as out:
+        assert echo(f"--out {out}")[0] == 0
+        command = "the command of the other process"
+        (out / "command.txt").write_text(command)
+        with sleep.locked(out / "N1-seed0.pt"):
+            status, _, err = echo(f"--out {out} --resume --N_test 2")
+            assert status == 2 and "another process is training N1-seed0" in err, err
+            assert err.count("\n") == 1 and "N_test" not in a_run(out)
+            assert (out / "command.txt").read_text() == command
+        assert echo(f"--out {out} --resume --N_test 2")[0] == 0
+        assert set(a_run(out)["N_test"]) == {"2"}
+
+
+# ------------------------------------------------------------------------------------------------
+# A whole script
+
+SMALL = ("--W 8 --L 8 --t 2 --d_model 16 --n_head 2 --batch_size 8 --steps 8 --eval_every 4 "
+         "--cooldown 0.5")
+
+
+def script(module, command):
+    argv = shlex.split(f"--device cpu {command}")
+    return run(sleep.main, module.__doc__, module.PRESETS, module.FLAGS, TASKS[module], argv)
+
+
+def start(command, **kwargs):
+    """train_ca.py in a process, as a non-interactive shell starts it in the background."""
+    def ignore_ctrl_c():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    argv = [sys.executable, str(HERE / "train_ca.py"), "--device", "cpu", *shlex.split(command)]
+    env = os.environ | dict(OMP_NUM_THREADS="1") | kwargs.pop("env", {})
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=env, preexec_fn=ignore_ctrl_c, **kwargs)
+
+
+def test_a_script_writes_what_it_promises():
+    with folder() as out:
+        status, text, err = script(train_ca, f"{SMALL} --N 1 2 --seed 0 1 --N_test 0 2 --out {out}")
+        assert status == 0, err
+        files = {"command.txt"}
+        for N in (1, 2):
+            for seed in (0, 1):
+                files |= {f"N{N}-seed{seed}.json", f"N{N}-seed{seed}.pt"}
+                r = a_run(out, f"N{N}-seed{seed}.json")
+                assert (r["task"], r["N"], r["seed"]) == ("ca", N, seed)
+                assert r["steps"] == 8 and r["tokens"] == 8 * 8 * 18 and r["seconds"] > 0
+                assert 0 <= r["exact"] <= r["bit"] <= 1 and set(r["chance"]) == {"exact", "bit"}
+                assert r["settings"]["N"] == N and r["torch"] == torch.__version__
+                assert [entry["step"] for entry in r["curve"]] == [4, 8]
+                assert r["curve"][-1]["exact"] == r["exact"] and set(r["N_test"]) == {"0", "2"}
+                assert N == 1 or r["N_test"]["2"]["exact"] == r["exact"]
+                assert f"N {N} seed {seed} | 0.0M tokens" in text
+        assert {x.name for x in out.iterdir() if not x.name.startswith(".")} == files
+        assert "chance (the best constant guess): exact 0." in text
+        assert "tested with N = 0" in text and f"saved in {out}" in text
+
+
+def test_lines_are_seen_at_once_and_ctrl_c_stops_a_run_that_was_started_in_the_background():
+    with folder() as out:
+        first = start(f"{SMALL} --steps 1000000 --N 1 --out {out}")
+        assert any("step 8 |" in line for line in iter(first.stdout.readline, ""))
+        second = start(f"{SMALL} --steps 1000000 --N 1 --out {out} --resume")
+        _, err = second.communicate()
+        assert second.returncode == 2 and "another process is training" in err, err
+        assert err.count("\n") == 1
+        first.send_signal(signal.SIGINT)
+        _, err = first.communicate()
+        assert first.returncode == 130 and "stopped. To go on" in err, err
+        assert "Traceback" not in err
+        assert a_run(out)["steps"] >= 8
+
+
+def test_output_that_nobody_reads_any_more_is_no_traceback():
+    with folder() as out:
+        process = start(f"{SMALL} --N 1 --out {out}", bufsize=1)
+        process.stdout.readline()
+        process.stdout.close()                                 # as `| head -1` does
+        err = process.stderr.read()
+        assert process.wait() == 130 and "Traceback" not in err and "Exception" not in err, err
+
+
+def test_output_to_a_full_disk_is_a_sentence():
+    if not Path("/dev/full").exists():
+        print("skipped: there is no /dev/full here")
+        return
+    env = os.environ | dict(OMP_NUM_THREADS="1")
+    with folder() as out:
+        flags = ["--device", "cpu", *shlex.split(SMALL), "--N", "1", "--out", str(out)]
+        for script, more, expected, words in (
+                ("train_ca.py", flags, 130, f"the same command with --resume --out {out}"),
+                ("sleep.py", [], 1, "the disk to which this prints is full.")):
+            with open("/dev/full", "w") as full:
+                done = subprocess.run([sys.executable, str(HERE / script), *more], stdout=full,
+                                      stderr=subprocess.PIPE, text=True, env=env)
+            assert done.returncode == expected, done.stderr
+            assert words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_console_without_umlauts_and_a_path_with_one_are_no_obstacle():
+    env = dict(PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    with tempfile.TemporaryDirectory() as place:
+        process = start(f"{SMALL} --N 1 --out '{place}/über uns'", env=env)
+        text, err = process.communicate()
+        assert process.returncode == 0 and "saved in" in text, err
+        (out,) = Path(place).iterdir()
+        assert a_run(out)["steps"] == 8
+        assert "ber uns" in (out / "command.txt").read_text(encoding="utf-8")
+
+
+def test_a_script_runs_in_a_thread():
+    with folder() as out:
+        results = []
+        thread = threading.Thread(target=lambda: results.append(echo(f"--out {out}")))
+        thread.start()
+        thread.join()
+        (status, _, err), = results
+        assert status == 0 and a_run(out)["steps"] == 8, err
+
+
+def test_without_enough_memory_on_the_gpu_there_is_a_sentence():
+    class Large(Echo):
+        def make_batch(self, step):
+            if step == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 80 GiB.")
+            return super().make_batch(step)
+
+    with folder() as out:
+        status, _, err = echo(f"--out {out}", Large)
+        assert status == 2 and "try --recompute" in err and err.count("\n") == 1
+
+
+def test_an_error_of_the_program_is_not_shown_as_bad_input():
+    class Faulty(Echo):
+        def make_batch(self, step):
+            if step == 2:
+                raise ValueError("a fault of the program")
+            return super().make_batch(step)
+
+    with folder() as out:
+        try:
+            echo(f"--out {out}", Faulty)
+        except ValueError as e:
+            assert str(e) == "a fault of the program" and not isinstance(e, sleep.BadInput)
+        else:
+            raise LookupError("the fault was hidden")
+
+
+def test_a_task_may_score_in_numbers_of_numpy_and_torch():
+    class Numpy(Echo):
+        def __init__(self, args, seed):
+            super().__init__(args, seed)
+            by_case = {1: np.float32(1)}
+            self.chance = dict(right=np.float64(0.2), loss=torch.tensor(1.6), by_case=by_case)
+
+        def score(self, tokens, targets, logits):
+            right = (logits.argmax(-1) == targets).numpy()
+            return dict(right=np.mean(right), loss=logits.mean(), by_case={1: np.float32(0.5)})
+
+    with folder() as out:
+        status, text, err = echo(f"--N_test 2 --out {out}", Numpy)
+        assert status == 0, err
+        r = a_run(out)
+        assert r["by_case"] == {"1": 0.5} and r["chance"]["right"] == 0.2
+        assert type(r["right"]) is float and type(r["loss"]) is float
+        assert echo(f"--N_test 2 3 --out {out} --resume", Numpy)[0] == 0
+        assert set(a_run(out)["N_test"]) == {"2", "3"}
+
+
+def test_a_metric_with_the_name_of_a_field_of_the_run_is_refused():
+    for name in ("seed", "N", "steps", "curve", "settings", "N_test", "chance"):
+        class Named(Echo):
+            def __init__(self, args, seed):
+                super().__init__(args, seed)
+                self.chance = {name: 0.2}
+
+        with folder() as out:
+            status, _, err = echo(f"--out {out}", Named)
+            assert status == 2 and f"is named {name}" in err and err.count("\n") == 1, err
+
+
+def test_batches_from_the_global_generator_are_refused():
+    class Drawn(Echo):
+        def make_batch(self, step):
+            tokens = torch.randint(5, (self.batch_size, 9))
+            return tokens, tokens[:, :1]
+
+    with folder() as out:
+        status, _, err = echo(f"--out {out}", Drawn)
+        assert status == 2 and "make_batch(0) gives another batch each time" in err, err
+        assert err.count("\n") == 1
+
+
+def test_a_script_refuses_bad_input_in_one_line_with_status_2():
+    a_file = shlex.quote(str(HERE / "sleep.py"))
+    for words, flags in (
+            ("--N 0 must be", "--N 0"), ("--N 5000", "--N 5000"), ("--L 0 must be", "--L 0"),
+            ("layout 'abc'", "--layout abc"), ("invalid choice", "--preset x"),
+            ("multiple of", "--d_model 62 --n_head 4"), ("--steps 0", "--steps 0"),
+            ("--lr_muon -1", "--lr_muon -1"), ("--lr_adamw nan", "--lr_adamw nan"),
+            ("--batch_size 0", "--batch_size 0"), ("--eval_every -1", "--eval_every -1"),
+            ("invalid int", "--steps three"), ("unrecognized", "--bogus"),
+            ("unrecognized", "--step 3"),
+            ("device 'tpu'", "--device tpu"), ("cannot be made", f"--out {a_file}"),
+            ("cannot be made", f"--out {a_file}/x"), ("update_rule", "--update_rule oja"),
+            ("--N_test -1", "--N_test -1"), ("--warmup 8", "--warmup 8"),
+            ("--cooldown 2", "--cooldown 2"), ("--seed 99999999999", "--seed 0 99999999999"),
+            ("cannot be made", f"--out {'x' * 300}")):
+        status, _, err = echo(flags)
+        assert status == 2 and words in err and err.count("\n") == 1, (flags, status, err)
+    for module, words, flags in (
+            (train_ca, "must divide", "--L 9"), (train_ca, "--rule 256", "--rule 256"),
+            (train_ca, "8 to 60 cells", "--W 4 --L 4"), (train_ca, "0 to 1,000", "--t 99999"),
+            (train_ca, "--split 1000", "--split 1000"), (train_ca, "--tapes 0", "--tapes 0"),
+            (train_khop, "--K 0 must be", "--K 0"), (train_khop, "--K 12 must be", "--K 12"),
+            (train_khop, "--queries 13", "--queries 13"), (train_khop, "--nodes 4", "--nodes 4"),
+            (train_khop, "be padding", "--L 49"), (train_khop, "--L 0 must be", "--L 0"),
+            (train_khop, "cut a question", "--L 9"), (train_khop, "--n_law some", "--n_law some"),
+            (train_khop, "--deeper", "--deeper 2"),
+            (train_gsm, "--p 1 must be", "--p 1"), (train_gsm, "--deeper 2", "--deeper 2"),
+            (train_gsm, "--names 4901", "--names 4901"), (train_gsm, "never full", "--L 53"),
+            (train_gsm, "--questions 0", "--questions 0"), (train_gsm, "--L 0 must", "--L 0"),
+            (train_gsm, "--reads 0 must", "--reads 0"), (train_gsm, "--tests 3", "--tests 3"),
+            (train_gsm, "40 --names and --T 161", "--questions 40 --names 40"),
+            (train_gsm, "21 --names", "--questions 20 --names 20 --T 200"),
+            (train_gsm, "--T 48", "--T 47 --L 47"),
+            (train_gsm, "million tokens", "--tests 100000 --T 3000")):
+        status, _, err = script(module, flags)
+        assert status == 2 and words in err and err.count("\n") == 1, (flags, status, err)
+
+
+def test_help_shows_every_flag_with_its_default():
+    for module in TASKS:
+        status, text, _ = script(module, "--help")
+        assert status == 0
+        for flag in (sleep.FLAGS | module.FLAGS):
+            assert re.search(rf"--{flag}\b.*?\(default:", text, re.S), flag
+    status, text, _ = run(sleep.parse, None, ECHO, {}, ["--help"])         # as with python -OO
+    assert status == 0 and "--steps" in text
+
+
+def test_every_preset_makes_models_and_a_preset_without_eval_every_evaluates_ten_times():
+    for module, Task in TASKS.items():
+        assert module.PRESETS["paper"]["conv"] == "s"          # as in the paper
+        for preset in module.PRESETS:
+            if module is train_gsm and preset == "paper":      # its test takes long to make
+                continue
+            args = settings(module, f"--preset {preset}")
+            assert len(sleep.plan(args, Task)) == len(args.N)
+    preset = {name: value for name, value in ECHO["cpu"].items() if name != "eval_every"}
+    assert sleep.parse("", dict(cpu=preset), {}, ["--steps", "20"])[1].eval_every == 2
+
+
+def test_nothing_is_imported_beyond_torch_numpy_and_tqdm():
+    known = {"torch", "numpy", "tqdm", "lab", "sleep", *[module.__name__ for module in TASKS]}
+    for name in ("sleep", "train_ca", "train_khop", "train_gsm", "test_sleep"):
+        text = (HERE / f"{name}.py").read_text(encoding="utf-8")
+        for package in re.findall(r"^\s*(?:import|from) (\w+)", text, re.M):
+            assert package in sys.stdlib_module_names or package in known, (name, package)
+
+
+# ------------------------------------------------------------------------------------------------
+# The runner: python test_sleep.py
+
+def test_the_sum_counts_a_test_that_fails_and_one_whose_process_dies():
+    lab_tests = '''
+import os
+def test_zebra_passes(): pass
+def test_zebra_fails(): assert False
+def test_zebra_ends_its_process(): os.abort()
+def test_zebra_passes_in_the_other_process(): pass
+def test_zebra_is_not_reached(): pass
+'''
+    with tempfile.TemporaryDirectory() as place, tempfile.TemporaryDirectory() as elsewhere:
+        for name in ("sleep", "train_ca", "train_khop", "train_gsm", "test_sleep"):
+            shutil.copy(HERE / f"{name}.py", place)
+        (Path(place) / "lab").mkdir()
+        (Path(place) / "lab" / "test_lab.py").write_text(lab_tests)
+
+        def start_in(folder, *args):
+            command = [sys.executable, *args]
+            return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+        path = Path(place) / "test_sleep.py"
+        done = start_in(elsewhere, path, "zebra")
+        assert done.returncode == 1, done.stdout
+        assert "2 passed, 1 failed, 2 missing" in done.stdout, done.stdout + done.stderr
+        done = start_in(elsewhere, path, "zebra_passes")
+        assert done.returncode == 0 and "2 passed, 0 failed, 0 missing" in done.stdout, done.stderr
+        done = start_in(elsewhere, "-O", path)
+        assert done.returncode == 2 and "python -O" in done.stderr and done.stderr.count("\n") == 1
+    with patched(sys, "argv", ["test_sleep.py", "nothing_has_this_name"]):
+        status, _, err = run(test_sleep.main)
+        assert status == 2 and err.count("\n") == 1
+    with patched(sys, "argv", ["test_sleep.py", "--help"]):
+        status, text, _ = run(test_sleep.main)
+        assert status == 0 and "python test_sleep.py rule wake" in text
+
+
+# ================================================================================================
+# Part 2: the tasks of the three scripts
+
+# ------------------------------------------------------------------------------------------------
+# Rule 110
+
+def patterns(task, steps, cells):
+    """The patterns of these cells in the tapes of some batches, as a set of numbers."""
+    found = set()
+    for step in steps:
+        tapes = task.make_batch(step)[0][:, :task.W * task.n_tapes].reshape(-1, task.W)
+        found |= set((tapes[:, cells] << torch.arange(len(cells))).sum(1).tolist())
+    return found
+
+
+def test_rule_110_is_its_published_table_and_a_brute_force_and_rule_90_an_xor():
+    published = {"111": 0, "110": 1, "101": 1, "100": 0, "011": 1, "010": 1, "001": 1, "000": 0}
+    for pattern, new in published.items():
+        assert train_ca.evolve(torch.tensor([int(x) for x in pattern]), 110, 1)[1] == new
+    cells = torch.randint(2, (5, 24), generator=torch.Generator().manual_seed(0))
+    for rule in (30, 90, 110, 184):
+        rows = cells.tolist()
+        for _ in range(7):
+            old = rows
+            rows = [[rule >> (4 * row[i - 1] + 2 * row[i] + row[(i + 1) % 24]) & 1
+                     for i in range(24)] for row in old]
+        assert train_ca.evolve(cells, rule, 7).tolist() == rows
+    for t in (2, 4, 8, 16, 32):                                # the control needs no depth
+        xor = cells[:, -t % 24] ^ cells[:, t % 24]
+        assert torch.equal(train_ca.evolve(cells, 90, t)[:, 0], xor)
+
+
+def test_tapes_are_laid_out_as_documented_and_the_paper_preset_is_section_6_1():
+    task = built(train_ca, "--preset paper")
+    tokens, labels = task.make_batch(0)
+    assert tokens.shape == (512, 100) and labels.shape == (512, 4) and task.T == 100
+    assert (tokens[:, 96] == 2).all() and (tokens[:, :96] < 2).all()
+    assert torch.equal(tokens[:, 97:], labels[:, :-1])
+    for i in range(4):                                         # tape i is window i
+        expected = train_ca.evolve(tokens[:, 24 * i: 24 * i + 24], 110, 32)[:, 0]
+        assert torch.equal(labels[:, i], expected)
+    assert 0.48 < tokens[:, :96].double().mean() < 0.52        # sigma .002
+    p = train_ca.PRESETS["paper"]
+    assert (p["W"], p["tapes"], p["L"], p["layout"], p["d_model"]) == (24, 4, 24, "asas", 256)
+    assert (p["batch_size"], p["lr_muon"], p["lr_adamw"], p["t"]) == (512, 2e-3, 5e-5, 32)
+    assert 4e9 <= p["steps"] * 512 * 100 <= 5e9
+
+
+def test_chance_of_rule_110_is_the_best_constant_by_brute_force():
+    for flags in ("", "--tapes 3 --W 8 --L 8 --t 3"):
+        task = built(train_ca, flags)
+        labels = task.test[1].tolist()
+        exact = Counter(map(tuple, labels)).most_common(1)[0][1] / len(labels)
+        bit = 0
+        for column in zip(*labels):
+            bit += max(sum(column), len(column) - sum(column)) / len(column) / len(labels[0])
+        assert math.isclose(task.chance["exact"], exact, rel_tol=1e-6)
+        assert math.isclose(task.chance["bit"], bit, rel_tol=1e-6)
+    chance = built(train_ca, "--preset paper").chance          # at t = 32 it is the paper's 0.563
+    assert abs(chance["exact"] - 0.563 ** 4) < 0.025 and abs(chance["bit"] - 0.563) < 0.02
+
+
+def test_no_pattern_of_the_cells_that_matter_is_both_tested_and_trained():
+    index = torch.arange(1 << 16)
+    label = train_ca.evolve((index[:, None] >> torch.arange(16)) & 1, 110, 6)[:, 0]
+    flips = [(label[index ^ (1 << i)] != label).double().mean().item() for i in range(16)]
+    matter = [i for i in range(16) if flips[i] >= 0.3]
+    assert matter == [0, 1, 2, 3, 4, 5, 6, 14, 15]             # cells -2 to 6
+    for flags, cells, tested, trained in (
+            ("", matter, 50, 440), ("--split 1", matter, 50, 440),
+            ("--t 8", [*range(9), 13, 14, 15], 400, 3000),
+            ("--rule 90 --t 1", range(16), 3000, 9000)):       # only three matter: the whole ring
+        task = built(train_ca, flags)
+        assert task.bits == sum(1 << i for i in cells)
+        test = patterns(task, [-1], cells)
+        seen = patterns(task, range(20), cells)
+        assert not test & seen, flags
+        assert len(test) > tested and len(seen) > trained, (flags, len(test), len(seen))
+
+
+def test_a_held_out_pattern_has_trained_neighbours_in_every_cell_as_often_as_chance_wants():
+    tape = torch.arange(1 << 16)
+    for split in range(3):                 # a hash that does not mix keeps a lattice: 0 or 1 here
+        task = built(train_ca, f"--t 8 --split {split}")
+        held = task.held_out(tape)
+        assert abs(held.double().mean() - 1 / 8) < 0.02        # 4096 patterns: sigma .005
+        for i in range(16):
+            if task.bits >> i & 1:
+                neighbours = task.held_out(tape[held] ^ (1 << i))
+                assert abs(neighbours.double().mean() - 1 / 8) < 0.07      # 512: sigma .015
+
+
+# ------------------------------------------------------------------------------------------------
+# k hops
+
+def read_edges(task, row):
+    """The edges that a row of tokens spells, by reading alone -> [(source, target), ...]."""
+    tokens = row[task.pad:task.context].tolist()
+    size = 4 if task.words else 2
+    edges = []
+    for start in range(0, len(tokens), size):
+        edge = tokens[start:start + size]
+        if edge == [train_khop.PAD] * size:
+            assert not edges                                   # all padding comes first
+            continue
+        if task.words:
+            assert edge[1] == train_khop.ARROW and edge[3] == train_khop.COMMA
+            edge = edge[::2]
+        assert all(task.node <= token < task.vocab_size for token in edge)
+        edges.append((edge[0] - task.node, edge[1] - task.node))
+    return edges
+
+
+def walk(after, node, hops):
+    for _ in range(hops):
+        node = after[node]
+    return node
+
+
+def test_edges_spell_one_cycle_and_a_walker_finds_every_answer():
+    for flags in ("", "--feed --n_law law", "--preset paper", "--preset gpu --n_law all",
+                  "--preset paper --L 30 --no-words --queries 5"):
+        task = built(train_khop, f"{flags} --batch_size 40")
+        assert task.context % settings(train_khop, flags).L == 0           # whole windows
+        for step in (-1, 0, 1199):
+            tokens, targets = task.make_batch(step)
+            assert tokens.shape[1] == task.T and tokens.max() < task.vocab_size
+            for row, wanted in zip(tokens[:100], targets[:100]):
+                edges = read_edges(task, row)
+                after = dict(edges)
+                n = len(after)
+                assert n == len(edges) == len(set(after.values()))
+                orbit = [walk(after, edges[0][0], hops) for hops in range(n)]
+                assert len(set(orbit)) == n                    # one cycle through all of them
+                starts = []
+                questions = row[task.context:].view(task.M, -1).tolist()
+                for question, answer in zip(questions, wanted.view(task.M, -1).tolist()):
+                    if not any(question):
+                        assert answer == [-1] * len(answer)
+                        continue
+                    said = question.pop() - task.node if task.feed else None
+                    place = len(question) - 1                  # where the answer is said
+                    if task.words:
+                        k, *words, q, colon = question
+                        assert words == [train_khop.HOPS, train_khop.AFTER]
+                        assert colon == train_khop.COLON
+                    else:
+                        k, q = question
+                    k = k - train_khop.ONE + 1
+                    q = q - task.node
+                    truth = walk(after, q, k)
+                    assert answer[place] == truth + task.node
+                    assert answer.count(-1) == len(answer) - 1
+                    assert said in (None, truth)
+                    starts.append(q)
+                assert len(starts) == len(set(starts)) == min(n, task.M)
+
+
+def test_the_paper_preset_is_section_6_2():
+    task = built(train_khop, "--preset paper")
+    assert (task.T, task.context, task.pad, task.vocab_size) == (360, 300, 0, 98 - 1)
+    tokens, targets = task.make_batch(0)
+    assert tokens.shape == (128, 360) and targets.shape == (128, 60)
+    p = train_khop.PRESETS["paper"]
+    assert (len(p["layout"]), p["d_model"], p["L"], p["batch_size"]) == (10, 512, 75, 128)
+    assert (p["steps"], p["N"], p["K"], p["nodes"], p["feed"]) == (100_000, [1, 2, 4], 16, 75, True)
+
+
+def test_hops_and_sizes_follow_their_laws_and_the_order_of_the_edges_tells_nothing():
+    task = built(train_khop, "--preset paper --batch_size 4000")
+    tokens, targets = task.make_batch(0)
+    k = task.hops(tokens)[targets.view(4000, 10, 6)[..., 4] >= 0]
+    count = torch.bincount(k, minlength=17)[1:].double()
+    expected = len(k) / 16
+    assert ((count - expected) ** 2 / expected).sum() < 39.3   # chi-square, 15 degrees, p = 0.0006
+    n = (tokens[:, :300] > 0).sum(1) // 4
+    sizes = torch.arange(3, 76).double()
+    law = 1 / (sizes + 75 ** 0.5)
+    assert n.min() == 3 and abs(n.double().mean() - (law * sizes).sum() / law.sum()) < 1.0
+    distances = []
+    for row in task.test[0]:
+        edges = read_edges(task, row)
+        place = {source: i for i, (source, _) in enumerate(edges)}
+        distances += [abs(place[source] - place[target]) for source, target in edges]
+    mean = sum(distances) / len(distances)
+    assert abs(mean / ((75 + 1) / 3) - 1) < 0.02               # that of two random places
+    asked = Counter(task.hops(task.test[0]).flatten().tolist())
+    assert set(asked) == {1, 2, 4, 8, 16}
+    assert all(abs(number / 5120 - 0.2) < 0.03 for number in asked.values())
+
+
+def test_the_report_is_loss_and_accuracy_of_the_answers_alone_for_each_k():
+    task = built(train_khop, "--preset paper --batch_size 64")
+    tokens, targets = task.make_batch(0)
+    logits = torch.randn(64, 60, 97, generator=torch.Generator().manual_seed(0))
+    logits += 2.5 * F.one_hot(targets.clamp(min=0), 97)        # half are right
+    found = {}
+    for row, x, y in zip(tokens, logits, targets):
+        for i, k in enumerate(task.hops(row[None])[0].tolist()):
+            at = 6 * i + 4                                     # the token before the answer
+            if y[at] >= 0:
+                loss = -x[at].log_softmax(-1)[y[at]].item()
+                right = float(x[at].argmax() == y[at])
+                found.setdefault(str(k), []).append((loss, right))
+    metrics = task.score(tokens, targets, logits)
+    assert set(metrics["loss"]) == set(metrics["accuracy"]) == set(found)
+    for k, cases in found.items():
+        losses, rights = zip(*cases)
+        assert abs(metrics["loss"][k] - sum(losses) / len(losses)) < 1e-4
+        assert abs(metrics["accuracy"][k] - sum(rights) / len(rights)) < 1e-5
+
+
+def test_without_the_edges_no_guess_is_better_than_chance_unless_answers_are_in_the_input():
+    for flags in ("", "--preset gpu", "--feed", "--K 11"):
+        task = built(train_khop, flags)
+        tokens, targets = task.test
+        n = task.nodes
+        questions = tokens[:, task.context:].unflatten(1, (task.M, -1))
+        q = questions[..., task.said - task.words] - task.node
+        a = targets.unflatten(1, (task.M, -1))[..., task.said] - task.node
+        for k in task.test_k:
+            this = task.hops(tokens) == k
+            guesses = [a == node for node in range(n)]
+            guesses += [a == (q + d) % n for d in range(n)]
+            guesses += [a == q.roll(j, 1) for j in range(1, task.M)]       # of another question
+            best = max(guess[this].double().mean().item() for guess in guesses)
+            chance = task.chance["accuracy"][str(k)]
+            assert chance == 1 / (n - 1)
+            assert math.isclose(task.chance["loss"][str(k)], -math.log(chance))
+            assert best < chance + 4.5 * (chance / this.sum().item()) ** 0.5, (flags, k, best)
+
+
+def test_questions_get_deeper_over_the_first_share_of_the_steps():
+    task = built(train_khop, "--deeper 0.5 --steps 80")
+    for step, deepest in ((0, 1), (19, 1), (20, 3), (39, 4), (40, 4), (79, 4)):
+        deepest = min(1 + step * 4 // 40, 4)
+        asked = set(task.hops(task.make_batch(step)[0]).flatten().tolist())
+        assert asked == set(range(1, deepest + 1))
+    assert set(task.hops(task.test[0]).flatten().tolist()) == {1, 2, 3, 4}
+
+
+def test_no_cycle_of_the_test_is_ever_trained_on():
+    task = built(train_khop, "--nodes 7 --L 7 --K 4 --queries 2")
+
+    def cycles(step):
+        return {tuple(sorted(read_edges(task, row))) for row in task.make_batch(step)[0]}
+
+    test = cycles(-1)
+    trained = set.union(*[cycles(step) for step in range(30)])
+    assert len(test) > 30                                      # of 6! = 720 cycles
+    assert len(trained) > 500 and not trained & test
+
+
+# ------------------------------------------------------------------------------------------------
+# Word problems
+
+def read(task, row):
+    """A row of tokens -> names asked, {name: what is said of it}, what was answered."""
+    questions, rest = f"{task.text(row)} ".split(" ? ")
+    body, *phrases = rest.split(" answer ")
+    sentences = {}
+    for sentence in body.split(" .")[:-1]:
+        name, *said = sentence.split()
+        assert name not in sentences                           # every name is defined once
+        sentences[name] = said
+    return questions.split(), sentences, [phrase.split() for phrase in phrases]
+
+
+def solve(sentences, name, p):
+    """By reading alone -> value of a name, the names that it needs, its longest chain of reads.
+
+    KeyError if a sentence is missing.
+    """
+    said = sentences[name]
+    needed = {name}
+    chain = 0
+    values = []
+    for term in said[::2]:
+        if term.isdigit():
+            values.append(int(term))
+            continue
+        value, names, reads = solve(sentences, term, p)
+        values.append(value)
+        needed |= names
+        chain = max(chain, reads)
+    total = values[0]
+    for word, value in zip(said[1::2], values[1:], strict=True):
+        if word == "minus":
+            total -= value
+        else:
+            assert word == "plus"
+            total += value
+    return total % p, needed, chain + 1
+
+
+def test_a_reader_of_the_text_alone_finds_every_answer_and_its_depth():
+    name = r"[a-z]{4}"
+    said = rf"(\d+|{name}|(\d+|{name}) (plus|minus) {name}|{name} (plus|minus) \d+)"
+    for flags in ("", "--T 60 80 --L 50 --reads 3 --questions 7", "--questions 3 --T 40 48 --L 40"):
+        task = built(train_gsm, f"--batch_size 32 --tests 120 {flags}")
+        args = task.args
+        for step in (None, 0, 1, 2):
+            tokens, targets, depths = task.test if step is None else task.make_batch(step)
+            M = 1 if step is None else args.questions
+            assert depths.shape == (len(tokens), M) and tokens.shape[1] <= task.T
+            before = tokens.shape[1] + 1 - 3 * M               # tokens before the answers
+            assert before in args.T and (step is not None or before == max(args.T))
+            for row, wanted, depth in zip(tokens, targets, depths.tolist()):
+                assert re.fullmatch(rf"({name} ){{{M}}}\? ({name} {said} \. )+"
+                                    rf"(answer {name} \d+ ){{{M - 1}}}answer {name}",
+                                    task.text(row))
+                asked, sentences, phrases = read(task, row)
+                assert asked == [phrase[0] for phrase in phrases] and len(set(asked)) == M
+                answers = [(target - train_gsm.ZERO) for target in wanted.tolist() if target >= 0]
+                found = [solve(sentences, question, args.p) for question in asked]
+                assert [value for value, _, _ in found] == answers
+                assert [chain for _, _, chain in found] == depth
+                assert [phrase[1] for phrase in phrases[:-1]] == [str(x) for x in answers[:-1]]
+                places = (wanted >= 0).nonzero().flatten().tolist()
+                assert places == [3 * i + 1 for i in range(M)]  # said by the name
+                for start in range(0, M, args.reads):          # the depths take turns
+                    turn = depth[start:start + args.reads]
+                    assert len(set(turn)) == len(turn)
+        counts = Counter(task.test[2].flatten().tolist())
+        assert set(counts.values()) == {120 // args.reads} and len(counts) == args.reads
+        words = [task.text(torch.tensor([i])) for i in range(1, task.vocab_size)]
+        assert len(set(words)) == len(words)                   # every token is another word
+
+
+def test_an_answer_takes_every_needed_sentence_but_no_distractor_and_no_order():
+    task = built(train_gsm, "--tests 400")
+    p = task.args.p
+    rng = random.Random(0)
+    changed = 0
+    dropped = 0
+    for row in task.test[0]:
+        (name,), sentences, _ = read(task, row)
+        answer, needed, chain = solve(sentences, name, p)
+        kept = {other: said for other, said in sentences.items() if other in needed}
+        dropped += len(sentences) - len(kept)
+        shuffled = dict(rng.sample(list(sentences.items()), len(sentences)))
+        assert solve(kept, name, p) == (answer, needed, chain)
+        assert solve(shuffled, name, p) == (answer, needed, chain)
+        for other, said in kept.items():
+            if len(said) == 1 and said[0].isdigit():           # every constant decides
+                more = dict(sentences, **{other: [str((int(said[0]) + 1) % p)]})
+                assert solve(more, name, p)[0] != answer
+                changed += 1
+    assert changed > 400 and dropped > 400
+
+
+def guesses_from_words(texts, y):
+    """A linear least-squares guess from counts of words, learned on 3 of 4 texts -> right or wrong
+    on the others."""
+    words = sorted({word for text in texts for word in text})
+    column = {word: i for i, word in enumerate(words)}
+    counts = []
+    for text in texts:
+        columns = torch.tensor([column[word] for word in text])
+        counts.append(torch.bincount(columns, minlength=len(words)))
+    x = F.pad(torch.stack(counts), (0, 1), value=1).double()
+    y = torch.tensor(y)
+    cut = len(x) * 3 // 4
+    gram = x[:cut].T @ x[:cut] + torch.eye(x.shape[1])
+    w = torch.linalg.solve(gram, x[:cut].T @ F.one_hot(y[:cut]).double())
+    return ((x[cut:] @ w).argmax(1) == y[cut:]).double()
+
+
+def test_no_shortcut_finds_an_answer_and_the_depth_cannot_be_read_from_counts_of_words():
+    task = built(train_gsm)
+    p = task.args.p
+    texts = [task.text(row).split() for row in task.test[0]]
+    depths = task.test[2].flatten().tolist()
+    answers = [target - train_gsm.ZERO for target in task.test[1].amax(1).tolist()]
+    right = {}
+    for text, depth, answer in zip(texts, depths, answers):
+        numbers = [word for word in text if word.isdigit()]
+        guesses = dict(first=numbers[0], middle=numbers[len(numbers) // 2], last=numbers[-1],
+                       common=Counter(numbers).most_common(1)[0][0])
+        if depth > 2:
+            for rule, guess in guesses.items():
+                right.setdefault(rule, []).append(guess == str(answer))
+    for rule, hits in right.items():                           # 1000 of them: sigma .011
+        assert sum(hits) / len(hits) < 1 / p + 0.05, (rule, sum(hits) / len(hits))
+    deep = [i for i, depth in enumerate(depths) if depth > 2]
+    hits = guesses_from_words([texts[i] for i in deep], [answers[i] for i in deep])
+    assert hits.mean() < 1 / p + 3.5 * (1 / p / len(hits)) ** 0.5, hits.mean()
+    bodies = [text[:text.index("answer")] for text in texts]
+    hits = guesses_from_words(bodies, [depth - 1 for depth in depths])
+    assert hits.mean() < 1 / 4 + 3.5 * (1 / 4 / len(hits)) ** 0.5, hits.mean()
+
+
+def test_no_text_of_the_test_is_ever_trained_on():
+    task = built(train_gsm, "--reads 1 --p 5 --names 20 --T 8 --L 8 --questions 1 --tests 300 "
+                            "--batch_size 4000")               # few texts, so most of them are seen
+
+    def texts(batch):
+        found = set()
+        for row in batch[0]:
+            sentences = read(task, row)[1]
+            found.add(frozenset((name, *said) for name, said in sentences.items()))
+        return found
+
+    test = texts(task.test)
+    trained = set.union(*[texts(task.make_batch(step)) for step in range(4)])
+    every = {frozenset(two) for two in combinations(product(range(20), range(5)), 2)
+             if two[0][0] != two[1][0]}
+    assert len(test) > 200 and len(test | trained) > 0.9 * len(every) and not test & trained
+    assert torch.equal(task.make_batch(3)[0], task.make_batch(3)[0])
+
+
+def test_the_report_and_chance_of_word_problems_are_by_depth():
+    task = built(train_gsm, "--tests 200 --batch_size 100")
+    g = torch.Generator().manual_seed(0)
+    for tokens, targets, depths in (task.make_batch(0), task.test):
+        logits = torch.randn(*targets.shape, task.vocab_size, generator=g)
+        logits += 2.5 * F.one_hot(targets.clamp(min=0), task.vocab_size)
+        right = (logits.argmax(2) == targets)[targets >= 0].view_as(depths)
+        accuracy = task.score(tokens, targets, logits, depths)["accuracy"]
+        assert set(accuracy) == {"1", "2", "3", "4"}
+        for depth, share in accuracy.items():
+            assert math.isclose(share, right[depths == int(depth)].double().mean(), rel_tol=1e-6)
+    assert task.chance["accuracy"] == {str(depth): 1 / 5 for depth in (1, 2, 3, 4)}
+
+
+def test_an_answer_of_any_depth_is_any_number_as_often():
+    task = built(train_gsm, "--batch_size 2000")
+    _, targets, depths = task.make_batch(0)
+    answers = targets[targets >= 0] - train_gsm.ZERO           # 16,000: 4,000 of each depth
+    for depth in (1, 2, 3, 4):
+        counts = torch.bincount(answers[depths.flatten() == depth], minlength=5)
+        chi2 = ((counts - 4000 / 5) ** 2 / (4000 / 5)).sum()
+        assert chi2 < 24, counts                               # 4 degrees of freedom: 1 in 10,000
+
+
+# ================================================================================================
+# Part 3: the course
+
+# ------------------------------------------------------------------------------------------------
+# tiny.py
+
+IN_SLEEP = {                               # a matrix of tiny_py.Model -> those of SleepLM, in rows
+    "embed": ["embed"],
+    "attention_qkv": ["blocks.0.mixer.q", "blocks.0.mixer.k", "blocks.0.mixer.v"],
+    "attention_o": ["blocks.0.mixer.o"],
+    "up_1": ["blocks.0.up"],
+    "down_1": ["blocks.0.down"],
+    "qkv": ["blocks.1.mixer.q", "blocks.1.mixer.k", "blocks.1.mixer.v"],
+    "beta": ["blocks.1.mixer.ab"],         # row 1; row 0 is alpha, which the delta rule has not
+    "gate": ["blocks.1.mixer.z"],
+    "o": ["blocks.1.mixer.o"],
+    "up_2": ["blocks.1.up"],
+    "down_2": ["blocks.1.down"],
+    "head": ["head"],
+}
+
+
+class PairEmbed(torch.nn.Embedding):
+    """The embedding of tiny.py, in which a token is two words, for sleep.SleepLM."""
+
+    def forward(self, tokens):
+        return super().forward(tokens).sum(2)
+
+
+def both_models(N):
+    """tiny_py.Model and the SleepLM of the same weights, random, in float64."""
+    torch.manual_seed(0)
+    small = tiny_py.Model(N)
+    for p in small.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    cfg = sleep.Config(tiny_py.NODES, 2 * tiny_py.L, tiny_py.L, N=N, layout="as",
+                       d_model=tiny_py.d, n_head=1, update_rule="delta", conv="")
+    large = sleep.SleepLM(cfg)
+    large.embed = PairEmbed(*small.embed.weight.shape)
+    small.double()
+    large.double()
+    with torch.no_grad():
+        for name in IN_SLEEP:
+            parts = parts_in_sleep(large, name)
+            for part, rows in zip(parts, small.get_submodule(name).weight.chunk(len(parts))):
+                part[-len(rows):] = rows
+    return small, large                    # the norms' weights are 1 in SleepLM, and tiny has none
+
+
+def parts_in_sleep(large, name):
+    return [large.get_submodule(part).weight for part in IN_SLEEP[name]]
+
+
+def test_tiny_computes_what_sleep_computes():
+    for N, windows in ((1, 2), (3, 2), (2, 4)):                # four windows: three of them sleep
+        small, large = both_models(N)
+        tokens = torch.randint(small.embed.num_embeddings, (3, windows * tiny_py.L, 2))
+        answers = torch.randint(tiny_py.NODES, (3, tiny_py.L))
+        asleep = [True] * (windows - 1) + [False]
+        small_logits, small_loss = small(tokens, answers)
+        large_logits, large_loss = large.algorithm_1(tokens, answers, asleep)
+        assert small_logits.dtype == torch.float64
+        assert (small_logits - large_logits).abs().max() < 1e-10, N
+        assert abs(small_loss - large_loss) < 1e-10, N
+        small_loss.backward()
+        large_loss.backward()
+        assert set(IN_SLEEP) == {name.split(".")[0] for name, _ in small.named_parameters()}
+        for name in IN_SLEEP:
+            grad = small.get_submodule(name).weight.grad
+            parts = parts_in_sleep(large, name)
+            assert grad.abs().max() > 0, name
+            for part, rows in zip(parts, grad.chunk(len(parts))):
+                assert (part.grad[-len(rows):] - rows).abs().max() < 1e-10, name
+
+
+def test_tiny_asks_what_follows_from_the_edges():
+    g = torch.Generator().manual_seed(0)
+    tokens, answers, k = tiny_py.make_batch(5, tiny_py.K, g)
+    n = tiny_py.NODES
+    for row in range(5):
+        edges = tokens[row, :n].tolist()
+        after = {a: b - tiny_py.TO for a, b in edges}
+        assert sorted(after) == sorted(after.values()) == list(range(n))
+        questions = tokens[row, n:].tolist()
+        for (node, word), answer, steps in zip(questions, answers[row].tolist(), k[row].tolist()):
+            assert 1 <= steps <= tiny_py.K and word == tiny_py.HOPS + steps - 1
+            for _ in range(steps):
+                node = after[node]
+            assert node == answer
+
+
+def test_tiny_learns_to_recall_an_edge():
+    points = list(tiny_py.train(N=1, steps=100))
+    assert [step for step, _ in points] == list(range(10, 101, 10))
+    assert points[-1][1][0] > 0.3, points[-1]                  # one hop; chance is 1 / (NODES - 1)
+
+
+def test_tiny_is_short_and_takes_no_flags_but_help():
+    assert len(Path(tiny_py.__file__).read_text(encoding="utf-8").splitlines()) < 150
+    for argv, expected, words in ((["--help"], 0, "on three screens"),
+                                  (["--steps", "3"], 2, "--steps 3")):
+        with patched(sys, "argv", ["tiny.py", *argv]):
+            status, text, err = run(runpy.run_path, tiny_py.__file__, None, "__main__")
+        assert status == expected and words in text + err, (argv, status, text, err)
+        assert "step  100" not in text
+
+
+# ------------------------------------------------------------------------------------------------
+# sleep.ipynb
+
+def code_cells(notebook):
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def tags(cell):
+    return cell["metadata"].get("tags", [])
+
+
+def printed(cell):
+    return "".join("".join(output["text"]) for output in cell["outputs"] if "text" in output)
+
+
+def alike(text, other):
+    """Are two texts equal, up to 0.02 in numbers with a point? A CPU may round in another way."""
+    number = r"\d+\.\d+"
+    pairs = zip(re.findall(number, text), re.findall(number, other))
+    close = all(abs(float(a) - float(b)) <= 0.02 for a, b in pairs)
+    return close and re.sub(number, "", text) == re.sub(number, "", other)
+
+
+def n_pictures(cell):
+    return sum("image/png" in output.get("data", {}) for output in cell["outputs"])
+
+
+def with_solutions(notebook):
+    """A copy in which every exercise is replaced by the solution that the notebook hides."""
+    solved = copy.deepcopy(notebook)
+    texts = ["".join(cell["source"]) for cell in solved["cells"] if cell["cell_type"] == "markdown"]
+    solution = r"<summary>A solution</summary>\s*```python\n(.*?)```"
+    solutions = re.findall(solution, "\n".join(texts), re.S)
+    exercises = [cell for cell in code_cells(solved) if "exercise" in tags(cell)]
+    for cell, code in zip(exercises, solutions, strict=True):
+        cell["source"] = code.splitlines(True)
+    return solved
+
+
+def run_notebook(notebook, steps):
+    """The notebook after its cells ran in a fresh process, with a training of so many steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source.ipynb"
+        source.write_text(json.dumps(notebook), encoding="utf-8")
+        out = Path(folder) / "out.ipynb"
+        command = [sys.executable, "-m", "lab.course.make_notebook", str(source), "--out", str(out)]
+        env = os.environ | dict(OMP_NUM_THREADS="1", NOTEBOOK_STEPS=str(steps))
+        done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return make_notebook.read(out)
+
+
+def test_the_notebook_shows_what_its_cells_print_and_its_solutions_are_right():
+    stored = make_notebook.read(make_notebook.NOTEBOOK)
+    now = run_notebook(with_solutions(stored), steps=10)
+    for before, after in zip(code_cells(stored), code_cells(now), strict=True):
+        assert before["execution_count"] == after["execution_count"]
+        assert n_pictures(before) == n_pictures(after)
+        if "check" in tags(before):
+            assert printed(before).endswith(": not solved yet.\n"), printed(before)
+            assert ": right." in printed(after), printed(after)
+        elif "varies" not in tags(before):                     # of the machine, and of the training
+            assert alike(printed(before), printed(after)), (printed(before), printed(after))
+
+
+def test_without_the_project_the_notebook_says_what_to_do():
+    first = "".join(code_cells(make_notebook.read(make_notebook.NOTEBOOK))[0]["source"])
+    for address, words in (("", ""), ("/nothing/is/here.git", "/nothing/is/here.git")):
+        changed = first.replace('REPOSITORY = ""', f'REPOSITORY = "{address}"')
+        assert bool(address) == (changed != first)
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run([sys.executable, "-c", changed], cwd=folder, capture_output=True,
+                                  text=True)
+        assert done.returncode == 1 and words in done.stdout
+        assert done.stderr.startswith("The project is not here") and done.stderr.count("\n") == 1
+
+
+def test_the_notebook_is_what_jupyter_opens():
+    stored = make_notebook.read(make_notebook.NOTEBOOK)
+    assert stored["nbformat"] == 4 and stored["nbformat_minor"] >= 5
+    ids = [cell["id"] for cell in stored["cells"]]
+    assert len(set(ids)) == len(ids)
+    for cell in stored["cells"]:
+        wanted = {"cell_type", "id", "metadata", "source"}
+        if cell["cell_type"] == "code":
+            wanted |= {"execution_count", "outputs"}
+        assert set(cell) == wanted, cell["id"]
+    text = "".join("".join(cell["source"]) for cell in stored["cells"])
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        if not link.startswith("http"):
+            assert (make_notebook.NOTEBOOK.parent / link).is_file(), link
+    for path in re.findall(r"`(lab/[\w/.]+)`", text):
+        assert (HERE / path).exists(), path
+
+
+def test_bad_names_are_refused_before_the_notebook_runs():
+    notebook = str(make_notebook.NOTEBOOK)
+    readme = str(HERE / "README.md")
+    with tempfile.TemporaryDirectory() as folder:
+        for words, argv in (("ends in .ipynb", [notebook, "--out", f"{folder}/x.txt"]),
+                            ("cannot be written", [notebook, "--out", f"{notebook}/x.ipynb"]),
+                            ("is a folder", [notebook, "--out", make_folder(folder, "x.ipynb")]),
+                            ("is no notebook", [readme, "--out", f"{folder}/y.ipynb"]),
+                            ("is not there", [f"{folder}/z.ipynb"])):
+            with patched(make_notebook, "run_cells", None):
+                status, text, err = run(make_notebook.main, argv)
+            assert status == 2 and words in err and err.count("\n") == 1, (argv, err)
+
+
+def make_folder(folder, name):
+    path = Path(folder) / name
+    path.mkdir()
+    return str(path)
+
+
+if __name__ == "__main__":
+    for name, test in list(globals().items()):
+        if name.startswith("test_"):
+            test()
+            print("ok  ", name)
+
+
+# ================================================================================================
+# Part 4: the lab
+
+# ------------------------------------------------------------------------------------------------
 # Helpers
-
-def close(a, b, tolerance):
-    """Relative distance of two tensors, checked; nan never passes."""
-    distance = ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
-    assert distance <= tolerance, f"relative distance {distance:.1e} > {tolerance:.0e}"
-
 
 def differ(a, b):
     assert (a - b).abs().max() > 1e-3
 
 
-def run(main, command=""):
-    """Run a program in this process -> exit status, what it printed, what it complained."""
+def run_line(main, command=""):
+    """Run a program in this process with a command line, a string or a list -> as `run`."""
     argv = shlex.split(command) if isinstance(command, str) else [str(word) for word in command]
-    out = io.StringIO()
-    err = io.StringIO()
-    status = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main(argv)
-        except SystemExit as e:
-            status = e.code or 0
-            if isinstance(status, str):    # what sys.exit would print
-                print(status, file=err)
-                status = 1
-    return status, out.getvalue(), err.getvalue()
+    return run(main, argv)
 
 
 def runs_well(main, command=""):
     """Run a program that has to end with status 0 -> what it printed."""
-    status, text, err = run(main, command)
+    status, text, err = run_line(main, command)
     assert status == 0, (command, status, err)
     return text
 
 
 def is_refused(words, main, command):
     """The program ends with status 2 and one sentence, which contains the words."""
-    status, _, err = run(main, command)
+    status, _, err = run_line(main, command)
     assert status == 2 and words in err and err.count("\n") == 1, (command, status, err)
 
 
@@ -106,10 +1569,6 @@ def changed(**settings):
     """A tiny model whose sleep is changed, by arguments of ChangedSleep and of Config."""
     changes = {flag: settings.pop(flag) for flag in variants.OF_SLEEP if flag in settings}
     return tiny(lambda cfg: variants.ChangedSleep(cfg, **changes), **settings)
-
-
-def random_tokens(T, B=3, seed=0):
-    return torch.randint(7, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
 def outcome(model, tokens, targets, N=None):
@@ -164,12 +1623,12 @@ def from_seed_and_step_alone(make_task):
 # Variants: what a pass hands to the next
 
 def test_a_changed_sleep_that_changes_nothing_is_algorithm_1():
-    tokens = random_tokens(13)
+    tokens = random_tokens(T=13)
     same_outcome(changed(N=3), tiny(N=3), tokens, targets_for(tokens, 3))
 
 
 def test_every_change_of_a_sleep_changes_the_answers_or_the_gradient_alone():
-    tokens = random_tokens(13)
+    tokens = random_tokens(T=13)
     targets = targets_for(tokens, 3)
     logits, grads = outcome(tiny(N=3), tokens, targets)
     name = "blocks.0.mixer.q.weight"
@@ -192,7 +1651,7 @@ def test_carrying_S_without_h_is_a_replay_of_fixed_keys_and_values():
         return rule(*args)
 
     with patched(sleep, "gated_delta_rule_chunked", spy):
-        slept = model.sleep(model.embed(random_tokens(5)), model.empty_memory(3))
+        slept = model.sleep(model.embed(random_tokens(T=5)), model.empty_memory(3))
     *first_pass, S, _ = calls[0]
     for _ in range(3):                     # the first pass's keys and values, three times
         _, S = sleep.gated_delta_rule(*first_pass, S)
@@ -201,8 +1660,8 @@ def test_carrying_S_without_h_is_a_replay_of_fixed_keys_and_values():
 
 def test_carrying_h_without_S_starts_every_pass_from_one_S_and_keeps_what_the_last_one_writes():
     model = changed(carry="h", N=3)
-    memory = model.sleep(model.embed(random_tokens(5, seed=1)), model.empty_memory(3))
-    h = model.embed(random_tokens(5))
+    memory = model.sleep(model.embed(random_tokens(T=5, seed=1)), model.empty_memory(3))
+    h = model.embed(random_tokens(T=5))
     slept = model.sleep(h, memory)
     for _ in range(3):
         h, S, _ = model.one_pass(h, memory.S, memory.cache)
@@ -213,7 +1672,7 @@ def test_carrying_h_without_S_starts_every_pass_from_one_S_and_keeps_what_the_la
 def test_recall_adds_the_embeddings_to_h_of_length_one_before_every_pass_but_the_first():
     model = changed(recall=True, N=3, layout="as")
     empty = model.empty_memory(3)
-    start = model.embed(random_tokens(5))
+    start = model.embed(random_tokens(T=5))
     h, S, _ = model.one_pass(start, empty.S, empty.cache)
     for _ in range(2):
         length = (h.square().mean(-1, keepdim=True) + torch.finfo(h.dtype).eps).sqrt()
@@ -224,7 +1683,7 @@ def test_recall_adds_the_embeddings_to_h_of_length_one_before_every_pass_but_the
 def test_the_answer_is_fed_back_as_the_mean_of_the_embeddings_of_what_would_be_said():
     model = changed(guess=True, N=2, layout="as")
     empty = model.empty_memory(3)
-    start = model.embed(random_tokens(5))
+    start = model.embed(random_tokens(T=5))
     h, S, _ = model.one_pass(start, empty.S, empty.cache)
     length = (h.square().mean(-1, keepdim=True) + torch.finfo(h.dtype).eps).sqrt()
     said = (h / length * model.norm.weight @ model.head.weight.T).exp()
@@ -236,8 +1695,8 @@ def test_the_answer_is_fed_back_as_the_mean_of_the_embeddings_of_what_would_be_s
 
 def test_thinking_longer_over_the_answers_passes_them_again_from_the_S_before_the_window():
     model = changed(think=3, N=2)
-    memory = model.sleep(model.embed(random_tokens(5)), model.empty_memory(3))
-    h = model.embed(random_tokens(4, seed=1))
+    memory = model.sleep(model.embed(random_tokens(T=5)), model.empty_memory(3))
+    h = model.embed(random_tokens(T=4, seed=1))
     logits, _ = model.wake(h, memory)
     for _ in range(3):
         h, _, _ = model.one_pass(h, memory.S, memory.cache)
@@ -246,7 +1705,7 @@ def test_thinking_longer_over_the_answers_passes_them_again_from_the_S_before_th
 
 def test_thinking_longer_over_the_answers_does_not_see_the_tokens_after_them():
     model = changed(think=3, N=1)
-    tokens = random_tokens(14)
+    tokens = random_tokens(T=14)
     before = model(tokens, targets_for(tokens, 4))[0]
     tokens[:, 12] = (tokens[:, 12] + 1) % 7
     after = model(tokens, targets_for(tokens, 4))[0]
@@ -263,7 +1722,7 @@ def gradient_after_two_sleeps(model, cut_before):
     Before pass `cut_before` (from 0) of each sleep the graph is cut, and what the first pass began
     with takes the place of what is cut off, for the gradient alone.
     """
-    tokens = random_tokens(13)
+    tokens = random_tokens(T=13)
     targets = targets_for(tokens, 3)
     model.zero_grad()
     memory = model.empty_memory(3)
@@ -283,7 +1742,7 @@ def gradient_after_two_sleeps(model, cut_before):
 
 
 def test_detach_lets_the_gradient_through_so_many_last_passes_of_each_sleep():
-    tokens = random_tokens(13)
+    tokens = random_tokens(T=13)
     targets = targets_for(tokens, 3)
     by_detach = {}
     for detach, cut_before in ((0, None), (1, 2), (2, 1)):
@@ -300,7 +1759,7 @@ def test_detach_lets_the_gradient_through_so_many_last_passes_of_each_sleep():
 
 def test_a_loss_after_every_pass_is_the_mean_of_the_losses_asked_then_weighted_by_the_pass():
     model = changed(every_pass=True, N=3)
-    tokens = random_tokens(13)
+    tokens = random_tokens(T=13)
     targets = targets_for(tokens, 3)       # two sleeps: the first one always has all three passes
     losses = [tiny(N=3)(tokens, targets, [3, n, 1])[1] for n in (1, 2, 3)]
     close(model(tokens, targets)[1], (losses[0] + 2 * losses[1] + 3 * losses[2]) / 6, 1e-12)
@@ -310,7 +1769,7 @@ def test_a_loss_after_every_pass_is_the_mean_of_the_losses_asked_then_weighted_b
 
 def test_with_a_loss_after_every_pass_detach_ends_each_gradient_after_its_passes():
     model = changed(every_pass=True, detach=1, N=2, layout="as")
-    tokens = random_tokens(7)
+    tokens = random_tokens(T=7)
     targets = targets_for(tokens, 2)
     _, grads = outcome(model, tokens, targets)
     model.zero_grad()
@@ -332,7 +1791,7 @@ def span(first, stop, **settings):
 
 
 def test_a_span_of_all_blocks_is_algorithm_1_under_both_evictions():
-    tokens = random_tokens(14)
+    tokens = random_tokens(T=14)
     for eviction in ("hard", "sliding"):
         same_outcome(span(0, 4, N=3, eviction=eviction), tiny(N=3, eviction=eviction), tokens,
                      targets_for(tokens, 4))
@@ -348,7 +1807,7 @@ def test_a_span_loops_its_own_blocks_only():
 
         for block in model.blocks:
             block.register_forward_hook(count)
-        model.sleep(model.embed(random_tokens(5)), model.empty_memory(3))
+        model.sleep(model.embed(random_tokens(T=5)), model.empty_memory(3))
         assert calls == [3 if first <= i < stop else 1 for i in range(4)], (first, stop, calls)
 
 
@@ -356,21 +1815,21 @@ def test_a_span_keeps_the_S_and_the_cache_of_each_blocks_last_call():
     for first, stop, eviction in ((1, 3, "hard"), (1, 3, "sliding"), (0, 2, "sliding"),
                                   (2, 4, "hard")):
         model = span(first, stop, N=3, eviction=eviction)
-        memory = model.sleep(model.embed(random_tokens(5, seed=1)), model.empty_memory(3))
+        memory = model.sleep(model.embed(random_tokens(T=5, seed=1)), model.empty_memory(3))
         order = [*range(stop), *range(first, stop), *range(first, 4)]      # three passes
-        h = model.embed(random_tokens(5))
+        h = model.embed(random_tokens(T=5))
         S = list(memory.S)
         cache = list(memory.cache)
         for i in order:
             h, S[i], cache[i] = model.blocks[i](h, S[i], memory.cache[i])
         wanted = model.evict(memory._replace(S=S, cache=cache))
-        found = model.sleep(model.embed(random_tokens(5)), memory)
+        found = model.sleep(model.embed(random_tokens(T=5)), memory)
         for x, y in zip([*found.S, *sum(found.cache, ())], [*wanted.S, *sum(wanted.cache, ())]):
             assert x is None or torch.equal(x, y)
 
 
 def test_a_span_repeats_its_passes_for_the_gradient_with_the_same_numbers():
-    tokens = random_tokens(13)
+    tokens = random_tokens(T=13)
     model = span(1, 3, N=3)
     repeated = span(1, 3, N=3)
     repeated.recompute = True
@@ -428,14 +1887,15 @@ def test_a_deep_read_follows_a_chain_of_keys():
 
 
 def test_a_pass_that_knows_its_number_is_told_it_before_it_begins():
-    tokens = random_tokens(13)
+    tokens = random_tokens(T=13)
     model = changed(tell_pass=True, N=3)
-    same_logits = outcome(tiny(N=3), tokens, targets_for(tokens, 3))[0]
-    close(outcome(model, tokens, targets_for(tokens, 3))[0], same_logits, 1e-12)       # it starts at 0
+    targets = targets_for(tokens, 3)
+    # The embeddings of the numbers start at 0.
+    close(outcome(model, tokens, targets)[0], outcome(tiny(N=3), tokens, targets)[0], 1e-12)
     with torch.no_grad():
         model.pass_embed.copy_(torch.randn(3, model.cfg.d_model))
     empty = model.empty_memory(3)
-    h = model.embed(random_tokens(5))
+    h = model.embed(random_tokens(T=5))
     slept = model.sleep(h, empty)
     S = empty.S
     for n in range(3):
@@ -462,7 +1922,7 @@ def test_every_law_of_k_draws_what_it_says_and_the_test_has_every_k():
 
 def test_of_two_parallel_mixers_both_speak_and_only_the_fast_weights_remember():
     model = tiny(variants.ParallelLM, layout="aa")
-    tokens = random_tokens(12)
+    tokens = random_tokens(T=12)
     targets = targets_for(tokens, 2)
     past = tokens.clone()
     past[:, 0] = (tokens[:, 0] + 1) % 7    # in a window that sleeps and is evicted
@@ -689,7 +2149,7 @@ def test_no_lookup_answers_the_test_of_rule_110_and_an_easier_one_is_found_out()
 def test_a_reader_of_two_sentences_is_at_chance_at_a_chain_of_three():
     found = baselines.gsm(task_of("gsm"))
     chance = found.pop("any number")["accuracy"]
-    above = dict(zip("1234", (0.4, 0.15, 0.05, 0.05)))         # what is told is often an answer
+    above = dict(zip("1234", (0.4, 0.15, 0.06, 0.06)))         # what is told is often an answer
     for reads, metrics in enumerate(found.values()):           # 0: the commonest number
         for depth, accuracy in metrics["accuracy"].items():
             if int(depth) <= reads:
@@ -772,7 +2232,7 @@ def test_an_experiment_refuses_flags_that_it_sets_itself_and_others_that_make_no
                 ("no other flag", "main --seed 1 --draw")):
             is_refused(words, experiments.main, f"{command} --device cpu" if "--draw" not in command
                        else command)
-        status, _, err = run(experiments.main, "nothing")
+        status, _, err = run_line(experiments.main, "nothing")
         assert status == 2 and "there is no experiment 'nothing'" in err
         names = runs_well(experiments.main)
         assert all(f"  {name} " in names for name in registry.EXPERIMENTS)
@@ -1011,7 +2471,7 @@ def test_every_stub_of_the_exercises_fails_and_every_solution_passes():
         assert exercises.grade(number, solutions) is None, number
         hint = runs_well(exercises.main, f"{number} --hint")
         assert hint.strip() == exercises.HINTS[number - 1]
-    assert run(exercises.main, "3") == (1, "", "3, delta: nothing is written yet.\n")
+    assert run_line(exercises.main, "3") == (1, "", "3, delta: nothing is written yet.\n")
     is_refused("from 1 to 10", exercises.main, "11")
     assert "10  your own rule" in runs_well(exercises.main)
 
@@ -1197,7 +2657,7 @@ def verdict_with_fault(factor):
     name, case = next(iter(gpu_check.CASES.items()))
     with (patched(sleep, "make_gradients", make_wrong_gradients),
           patched(gpu_check, "CASES", {name: case})):
-        return run(gpu_check.main, "--device cpu --no_compile")
+        return run_line(gpu_check.main, "--device cpu --no_compile")
 
 
 def test_a_figure_of_the_paper_says_its_cost_then_runs_its_share_and_is_drawn():
@@ -1564,7 +3024,7 @@ def test_the_changes_that_the_readme_proposes_apply_and_do_what_it_says():
     replay, overshoot = [changed_by(diff) for diff in diffs]
 
     model = tiny(lambda cfg: replay.SleepLM(replay.Config(**vars(cfg))), layout="as", N=3)
-    tokens = random_tokens(13)
+    tokens = random_tokens(T=13)
     targets = targets_for(tokens, 3)
     same_outcome(model, changed(carry="S", layout="as", N=3), tokens, targets)
 
@@ -1595,33 +3055,3 @@ def test_the_lab_imports_nothing_beyond_torch_numpy_tqdm_and_matplotlib():
             for name in names:
                 compared = file.name == "benchmark.py" and name.startswith("fla.")     # if there
                 assert name.partition(".")[0] in known or compared, (file.name, name)
-
-
-# ------------------------------------------------------------------------------------------------
-
-def main():
-    """The tests whose names are asked for. Exit status 1 if one fails, or if there is none."""
-    if not __debug__:
-        sys.exit("python -O removes every assert, so nothing is tested: leave it out.")
-    words = sys.argv[1:]
-    names = [name for name in globals() if name.startswith("test_")]
-    names = [name for name in names if not words or any(word in name for word in words)]
-    n_failed = 0
-    begin = time.monotonic()
-    for name in names:
-        start = time.monotonic()
-        word = "ok  "
-        try:
-            globals()[name]()
-        except (Exception, SystemExit):
-            n_failed += 1
-            word = "FAIL"
-            traceback.print_exc()
-        seconds = time.monotonic() - start
-        print(f"{word}  {seconds:5.1f} s  {name[5:].replace('_', ' ')}", flush=True)
-    print(f"{len(names) - n_failed} passed, {n_failed} failed, {time.monotonic() - begin:.0f} s")
-    sys.exit(1 if n_failed or not names else 0)
-
-
-if __name__ == "__main__":
-    main()

@@ -100,10 +100,6 @@ def resolve(asked, sentences, p, reads):
     said = next((rest for name, *rest in sentences if name == asked), [])
     if not said:
         return None
-    factor = 1
-    if said[1:2] == ["times"]:
-        factor = int(said[0])
-        said = said[2:]
     total = 0
     sign = 1
     for word in said:
@@ -114,7 +110,7 @@ def resolve(asked, sentences, p, reads):
         if value is None:
             return None
         total += sign * value
-    return factor * total % p
+    return total % p
 
 
 def gsm(task):
