@@ -1155,7 +1155,7 @@ def test_a_reader_of_the_text_alone_finds_every_answer_and_its_depth():
     name = r"[a-z]{4}"
     said = rf"(\d+|{name}|(\d+|{name}) (plus|minus) {name}|{name} (plus|minus) \d+)"
     for flags in ("", "--T 60 80 --L 50 --reads 3 --questions 7", "--questions 3 --T 40 48 --L 40"):
-        task = built(train_gsm, f"--batch_size 32 --tests 120 {flags}")
+        task = built(train_gsm, f"--deeper 0 --batch_size 32 --tests 120 {flags}")
         args = task.args
         for step in (None, 0, 1, 2):
             tokens, targets, depths = task.test if step is None else task.make_batch(step)
@@ -1268,7 +1268,7 @@ def test_no_text_of_the_test_is_ever_trained_on():
 
 
 def test_the_report_and_chance_of_word_problems_are_by_depth():
-    task = built(train_gsm, "--tests 200 --batch_size 100")
+    task = built(train_gsm, "--deeper 0 --tests 200 --batch_size 100")
     g = torch.Generator().manual_seed(0)
     for tokens, targets, depths in (task.make_batch(0), task.test):
         logits = torch.randn(*targets.shape, task.vocab_size, generator=g)
@@ -1281,8 +1281,16 @@ def test_the_report_and_chance_of_word_problems_are_by_depth():
     assert task.chance["accuracy"] == {str(depth): 1 / 5 for depth in (1, 2, 3, 4)}
 
 
+def test_word_problems_get_deeper_over_the_first_share_of_the_steps():
+    task = built(train_gsm, "--deeper 0.5 --steps 80 --tests 4 --batch_size 8")
+    deepest = [task.make_batch(step)[2].max().item() for step in (0, 9, 10, 19, 20, 30, 39, 40, 79)]
+    assert deepest == [1, 1, 2, 2, 3, 4, 4, 4, 4]
+    first = task.make_batch(0)[0][0]                           # a text is as deep as its questions
+    assert "plus" not in task.text(first) and "minus" not in task.text(first)
+
+
 def test_an_answer_of_any_depth_is_any_number_as_often():
-    task = built(train_gsm, "--batch_size 2000")
+    task = built(train_gsm, "--deeper 0 --batch_size 2000")
     _, targets, depths = task.make_batch(0)
     answers = targets[targets >= 0] - train_gsm.ZERO           # 16,000: 4,000 of each depth
     for depth in (1, 2, 3, 4):
