@@ -2629,6 +2629,33 @@ def test_the_benchmark_measures_all_its_parts():
     is_refused("tpu", benchmark.main, "--device tpu")
 
 
+def test_the_benchmark_times_the_rule_of_transformers_if_it_is_there():
+    name = "transformers.models.qwen3_next.modeling_qwen3_next"
+
+    def theirs(q, k, v, g, beta, chunk_size, initial_state, output_final_state):
+        """The conventions of theirs: tokens before heads, S transposed, q divided by sqrt(K)."""
+        q, k, v = (x.transpose(1, 2) for x in (q * q.shape[3] ** -0.5, k, v))
+        o, S = sleep.gated_delta_rule(q, k, v, g.mT, beta.mT, initial_state.mT)
+        return o.transpose(1, 2), S.mT
+
+    module = sys.modules.get(name)
+    try:
+        sys.modules[name] = SimpleNamespace(torch_chunk_gated_delta_rule=theirs)
+        rules = benchmark.forms_of_the_rule("cpu", compile=False)
+        sys.modules[name] = None                               # to import it fails, as if not there
+        without = benchmark.forms_of_the_rule("cpu", compile=False)
+    finally:
+        del sys.modules[name]
+        if module is not None:
+            sys.modules[name] = module
+    inputs = benchmark.inputs_of_the_rule(2, 2, 5, 4, "cpu")
+    added = set(rules) - set(without)
+    assert added == {"transformers", "transformers, chunks that fit"}
+    for rule in added:
+        for a, b in zip(rules[rule](*inputs), sleep.gated_delta_rule(*inputs)):
+            close(a, b, 1e-6)
+
+
 def test_training_on_this_machine_has_the_gradients_of_the_plain_model_and_a_fault_is_found():
     flags = "" if torch.cuda.is_available() else "--no_compile"
     assert "good: what is trained here" in runs_well(gpu_check.main, flags)
@@ -3061,5 +3088,6 @@ def test_the_lab_imports_nothing_beyond_torch_numpy_tqdm_and_matplotlib():
             elif isinstance(statement, ast.ImportFrom):
                 names = [statement.module]
             for name in names:
-                compared = file.name == "benchmark.py" and name.startswith("fla.")     # if there
+                compared = (file.name == "benchmark.py"                        # if they are there
+                            and name.startswith(("fla.", "transformers.")))
                 assert name.partition(".")[0] in known or compared, (file.name, name)
