@@ -17,6 +17,7 @@ same number of chains, each from 1 to --reads deep, so that the amount to store 
 The blocks of the file are frozen during the warm-up; after it they learn, too. The embedding, the
 last norm and the head are never trained.
 """
+import contextlib
 import functools
 import random
 from dataclasses import replace
@@ -125,17 +126,26 @@ class Facts:
             if is_test:
                 asked = [person for person in asked if person[1] == 1 + i % self.args.reads]
             asked = rng.sample(asked, 1 if is_test else min(self.args.questions, len(asked)))
-            context = []
-            for sentence in facts:
-                context += self.encode(sentence)
-            padding = 1 + (-1 - len(context)) % self.args.L    # fills whole windows, at least one
             questions, answers = self.ask(asked)
-            tokens.append(self.encode(START) * padding + context + questions)
+            tokens.append(self.windows(facts) + questions)
             targets.append(answers)
             depths.append(asked[-1][1])
         device = self.args.device
         return (torch.tensor(tokens, device=device), torch.tensor(targets, device=device),
                 torch.tensor(depths, device=device))
+
+    def windows(self, facts):
+        """Sentences -> their tokens, behind as many START as fill whole windows, at least one."""
+        tokens = []
+        for sentence in facts:
+            tokens += self.encode(sentence)
+        padding = 1 + (-1 - len(tokens)) % self.args.L
+        return self.encode(START) * padding + tokens
+
+    def text(self, number):
+        """A text of the test's kind -> its sentences, its people, its tokens (1, T)."""
+        facts, people = self.draw(random.Random(f"text {number}"))
+        return facts, people, torch.tensor([self.windows(facts)], device=self.args.device)
 
     def deepest(self, step):
         """The deepest question of a training step: from 1 to `reads` in the share `deeper` of steps."""
@@ -273,9 +283,12 @@ def main(argv):
         say_plan(args, read.read_shape(args.file))
     if args.plan:
         return
+    kind = torch.device(args.device).type
+    attention = contextlib.nullcontext()
+    if kind == "cpu":                      # where the gradient of fused attention is the slower one
+        attention = sdpa_kernel(SDPBackend.MATH)
     # Muon's products, too, are in bfloat16 then, as in its original.
-    device = torch.device(args.device).type
-    with torch.autocast(device, torch.bfloat16, args.bf16, cache_enabled=False), sdpa_kernel(SDPBackend.MATH):
+    with attention, torch.autocast(kind, torch.bfloat16, args.bf16, cache_enabled=False):
         sleep.main(__doc__, PRESETS, FLAGS, Facts, argv, make_model)
 
 
