@@ -509,12 +509,22 @@ def test_algorithm_1_with_logits_for_answers_alone_has_the_loss_and_gradients_of
     tokens, targets, _ = task.make_batch(0)
     asleep = built.windows_asleep(tokens, targets)
     assert asleep == [True, False]
+    same_algorithm(built, tokens, targets, asleep)
+    # Two windows awake, and targets for all tokens, of which most are nothing.
+    tokens = tokens.repeat(1, 3)[:, :192]
+    targets = torch.full_like(tokens, -1)
+    targets[:, [70, 130, 191]] = tokens[:, :3]
+    same_algorithm(built, tokens, targets, [True, False, False])
+
+
+def same_algorithm(built, tokens, targets, asleep):
     results = []
     for algorithm in (built.algorithm_1, functools.partial(sleep.SleepLM.algorithm_1, built)):
         built.zero_grad()
         logits, loss = algorithm(tokens, targets, asleep)
         loss.backward()
         grads = [p.grad for p in built.parameters() if p.grad is not None]
+        assert logits.shape[:2] == targets.shape
         results.append((logits.detach()[targets >= 0], loss.detach(), *grads))
     assert len(results[0]) == len(results[1])
     for mine, theirs in zip(*results):
@@ -573,6 +583,7 @@ def test_a_warm_up_step_moves_inserted_blocks_only_and_words_never_move():
 def test_every_text_can_be_solved_by_reading_and_all_of_it_is_slept_over():
     for flags in ("", "--people 6 --reads 1", "--people 44 --reads 4 --L 256 --questions 5"):
         task, cfg, settings = tiny_plan(flags)
+        first_sentences = set()
         for step in (-1, 0, 1):
             tokens, targets, depths = task.make_batch(step)
             again = task.make_batch(step)
@@ -584,6 +595,7 @@ def test_every_text_can_be_solved_by_reading_and_all_of_it_is_slept_over():
                 answers = answers[answers >= 0]
                 said = re.findall(r" ([\w ]+?) is (in|with) ([\w ]+?)\.", text.split(" So ")[0])
                 known = {name: (how, what) for name, how, what in said}
+                first_sentences.add(said[0][1])
                 assert len(known) == task.args.people
                 asked = re.findall(r" So ([\w ]+?) is in", text)
                 for name, answer in zip(asked, answers, strict=True):
@@ -593,6 +605,7 @@ def test_every_text_can_be_solved_by_reading_and_all_of_it_is_slept_over():
                         reads += 1
                     assert task.tokenizer.decode([answer]).strip() == known[name][1]
                 assert reads == depth
+        assert len(first_sentences) == 1 + (task.args.reads > 1)       # in any order
     depths = tiny_plan()[0].test[2].tolist()
     assert [depths.count(depth) for depth in (1, 2, 3)] == [4, 4, 4]
 

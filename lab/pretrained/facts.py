@@ -32,12 +32,12 @@ from lab.common import program
 from lab.pretrained import model, read
 
 PRESETS = {
-    "cpu": dict(N=[1, 3], file="", people=9, reads=3, questions=9, tests=600, deeper=0.0, span="", skip="6:28",
-                bf16=True, plan=False, L=48, layout="aaaasaasaa", d_model=576, n_head=9, steps=400,
-                batch_size=32, lr_muon=1e-2, lr_adamw=3e-3, cooldown=0.3, warmup=360, conv="s",
-                eval_every=50),
-    "ouro": dict(N=[1, 4], file="", people=296, reads=4, questions=8, tests=400, deeper=0.0, span="", skip="",
-                 bf16=True, plan=False, L=2000, layout="aaaas" * 6, d_model=2048, n_head=16,
+    "cpu": dict(N=[1, 3], file="", people=9, reads=3, questions=9, tests=600, deeper=0.4, span="",
+                skip="4:28", bf16=True, plan=False, L=48, layout="aasaasaa", d_model=576, n_head=9,
+                steps=600, batch_size=16, lr_muon=2e-2, lr_adamw=5e-3, cooldown=0.3, warmup=540,
+                conv="s", eval_every=50),
+    "ouro": dict(N=[1, 4], file="", people=296, reads=4, questions=8, tests=400, deeper=0.4, span="",
+                 skip="", bf16=True, plan=False, L=2000, layout="aaaas" * 6, d_model=2048, n_head=16,
                  steps=3000, batch_size=8, lr_muon=1e-3, lr_adamw=5e-4, cooldown=0.3, warmup=1000,
                  conv="s", eval_every=250, recompute=True),
 }
