@@ -62,9 +62,10 @@ def random_tensors(family="llama", tied=True, seed=0):
         norms += ["input_layernorm_2", "post_attention_layernorm_2"]
         shapes["model.early_exit_gate.weight"] = (1, d)
     for i in range(SIZES["blocks"]):
-        parts = {"self_attn.q_proj": (d, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d),
-                 "self_attn.o_proj": (d, d), "mlp.gate_proj": (SIZES["d_ff"], d),
-                 "mlp.up_proj": (SIZES["d_ff"], d), "mlp.down_proj": (d, SIZES["d_ff"])}
+        parts = {"self_attn.q_proj": (d, d), "self_attn.k_proj": (kv, d),
+                 "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, d),
+                 "mlp.gate_proj": (SIZES["d_ff"], d), "mlp.up_proj": (SIZES["d_ff"], d),
+                 "mlp.down_proj": (d, SIZES["d_ff"])}
         parts |= {norm: (d,) for norm in norms}
         shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in parts.items()}
     tensors = {}
@@ -139,9 +140,11 @@ def gguf_facts():
     return {
         "general.architecture": "llama", "llama.block_count": SIZES["blocks"],
         "llama.embedding_length": SIZES["d_model"], "llama.feed_forward_length": SIZES["d_ff"],
-        "llama.attention.head_count": SIZES["heads"], "llama.attention.head_count_kv": SIZES["kv_heads"],
-        "llama.rope.freq_base": SIZES["theta"], "llama.attention.layer_norm_rms_epsilon": SIZES["eps"],
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens,
+        "llama.attention.head_count": SIZES["heads"],
+        "llama.attention.head_count_kv": SIZES["kv_heads"],
+        "llama.attention.layer_norm_rms_epsilon": SIZES["eps"],
+        "llama.rope.freq_base": SIZES["theta"], "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [3] + [1] * (len(tokens) - 1),
         "tokenizer.ggml.merges": [" ".join(pair) for pair in merges]}
 
@@ -157,7 +160,7 @@ def llama_cpp_rows(weight, heads):
 
 
 def to_blocks(x, kind):
-    """A tensor as bytes of a type of GGUF, and the float32 tensor that these mean, by plain loops."""
+    """A tensor as bytes of a type of GGUF, and the float32 tensor that they mean: plain loops."""
     if kind in (0, 1):
         x = x.to(torch.float32 if kind == 0 else torch.float16)
         return x.contiguous().view(torch.uint8).numpy().tobytes(), x.float()
@@ -186,7 +189,9 @@ def write_gguf(path, tensors, facts=None, kinds=(0, 1, 3, 8)):
     names = {new: old for old, new in read.NAMES.items()}
     for i, (name, x) in enumerate(tensors.items()):
         block = re.fullmatch(r"model\.layers\.(\d+)\.(.*)\.weight", name)
-        short = f"blk.{block[1]}.{names[block[2]]}" if block else names[name.removesuffix(".weight")]
+        short = names[block[2] if block else name.removesuffix(".weight")]
+        if block:
+            short = f"blk.{block[1]}.{short}"
         kind = 0 if x.ndim == 1 else kinds[i % len(kinds)]
         heads = dict(q_proj=SIZES["heads"], k_proj=SIZES["kv_heads"]).get(name.split(".")[-2])
         stored = llama_cpp_rows(x, heads) if heads else x
@@ -240,8 +245,9 @@ def plain_model(tensors, tokens, family="llama", passes=1):
                 for head in range(heads):
                     mine = slice(head * K, head * K + K)
                     theirs = slice(head // served * K, head // served * K + K)
-                    scores = [turn(q[t, mine], t) @ turn(k[s, theirs], s) / K ** 0.5 for s in range(t + 1)]
-                    row.append(torch.stack(scores).softmax(0) @ v[:t + 1, theirs])
+                    scores = [turn(q[t, mine], t) @ turn(k[s, theirs], s) for s in range(t + 1)]
+                    share = (torch.stack(scores) / K ** 0.5).softmax(0)
+                    row.append(share @ v[:t + 1, theirs])
                 rows.append(torch.cat(row))
             x = torch.stack(rows) @ W[f"{at}.self_attn.o_proj.weight"].T
             h = h + (norm(x, f"{at}.input_layernorm_2") if family == "ouro" else x)
@@ -277,7 +283,8 @@ def tiny_file():
 
 def tiny_args(flags=""):
     argv = (f"--device cpu --file {tiny_file()[1]} --d_model 32 --n_head 4 --layout asaas --skip= "
-            f"--people 6 --reads 3 --questions 2 --tests 12 --L 64 --no-bf16 --batch_size 4 {flags}")
+            f"--people 6 --reads 3 --questions 2 --tests 12 --L 64 --deeper 0 --no-bf16 "
+            f"--batch_size 4 {flags}")
     return sleep.parse("", facts.PRESETS, facts.FLAGS, argv.split())[1]
 
 
@@ -314,13 +321,13 @@ def test_a_model_of_safetensors_has_the_logits_of_a_plain_implementation_in_one_
         close(logits_of(built, TEXT).double(), plain_model(tensors, TEXT)[0], 1e-5)
 
 
-def test_a_gguf_of_four_types_has_the_logits_of_a_plain_implementation_and_its_rows_are_sorted_back():
+def test_a_gguf_of_four_types_has_the_logits_of_a_plain_model_and_its_rows_are_sorted_back():
     with place() as folder:
         path = Path(folder) / "model.gguf"
-        for kinds in ((0, 1, 3, 8), (8, 3)):
-            meant = write_gguf(path, random_tensors(), kinds=kinds)
+        for kinds, tied in (((0, 1, 3, 8), True), ((8, 3), False)):
+            meant = write_gguf(path, random_tensors(tied=tied), kinds=kinds)
             shape, found, _ = read.read(path)
-            assert set(found) == set(meant)
+            assert shape.tied == tied and set(found) == set(meant)
             for name, x in meant.items():
                 close(found[name], x, 1e-6)
             built = model.make(shape, found, L=16)
@@ -383,9 +390,12 @@ def test_a_foreign_model_or_tokenizer_and_a_file_that_contradicts_itself_get_a_s
     with place() as folder:
         path = Path(folder) / "model.gguf"
         for key, value, sentence in (
-                ("general.architecture", "gpt2", "'gpt2'"), ("tokenizer.ggml.pre", "llama-bpe", "llama-bpe"),
-                ("tokenizer.ggml.model", "llama", "'llama'"), ("llama.block_count", 0, "blocks is 0"),
-                ("llama.attention.head_count_kv", 3, "divide"), ("llama.rope.freq_base", -1.0, "theta"),
+                ("general.architecture", "gpt2", "'gpt2'"),
+                ("tokenizer.ggml.pre", "llama-bpe", "llama-bpe"),
+                ("tokenizer.ggml.model", "llama", "'llama'"),
+                ("llama.block_count", 0, "blocks is 0"),
+                ("llama.attention.head_count_kv", 3, "divide"),
+                ("llama.rope.freq_base", -1.0, "theta"),
                 ("llama.rope.dimension_count", 4, "rotates 4"),
                 ("tokenizer.ggml.token_type", [1], "do not fit"),
                 ("tokenizer.ggml.merges", ["a b c"], "two parts")):
@@ -393,7 +403,8 @@ def test_a_foreign_model_or_tokenizer_and_a_file_that_contradicts_itself_get_a_s
             refused(sentence, read.read, path)
         for key, value, sentence in (
                 ("model_type", "mamba", "'mamba'"), ("hidden_act", "gelu", "hidden_act"),
-                ("rope_scaling", dict(type="yarn"), "rope_scaling"), ("attention_bias", True, "bias"),
+                ("rope_scaling", dict(type="yarn"), "rope_scaling"),
+                ("attention_bias", True, "bias"),
                 ("head_dim", 16, "head_dim"), ("hidden_size", "32", "d_model"),
                 ("num_hidden_layers", None, "blocks")):
             path = write_folder(Path(folder) / key, random_tensors(), **{key: value})
@@ -409,8 +420,8 @@ def test_a_foreign_model_or_tokenizer_and_a_file_that_contradicts_itself_get_a_s
     shape, tensors, _ = read.read(tiny_file()[1])
     refused("lacks model.norm.weight", model.make, shape,
             {name: x for name, x in tensors.items() if name != "model.norm.weight"}, 16)
-    refused("model.layers.1.bias", model.make, shape, tensors | {"model.layers.1.bias": torch.ones(1)}, 16)
-    refused("contradicts", model.make, shape, tensors | {"model.norm.weight": torch.ones(31)}, 16)
+    for name, sentence in (("a.bias", "known here, a.bias"), ("model.norm.weight", "contradicts")):
+        refused(sentence, model.make, shape, tensors | {name: torch.ones(31)}, 16)
     refused("3 blocks", model.make, shape, tensors, 16, layout="aasaa")
     refused("--span 2:9", model.make, shape, tensors, 16, span=(2, 9))
     refused("no convolution", model.make, shape, tensors, 16, conv="as")
@@ -420,8 +431,8 @@ def test_text_becomes_tokens_and_the_same_text_again_with_digits_alone_and_the_f
     tokenizer = read.read(tiny_file()[1])[2]
     rng = random.Random(0)
     for _ in range(300):
-        text = "".join(rng.choice(["Anna", " Anna", " ", "\n", "7", "it's", "é", "_", "漢", SPECIAL, "\0"])
-                       for _ in range(20))
+        parts = ["Anna", " Anna", " ", "\n", "7", "it's", "é", "_", "漢", SPECIAL, "\0"]
+        text = "".join(rng.choice(parts) for _ in range(20))
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode(SPECIAL) == [0] and len(tokenizer.encode(" Anna")) == 1
     # Merges by hand: of `a b`, `b c` and `ab c` the first that fits is taken, not the longest.
@@ -444,7 +455,8 @@ def test_text_becomes_tokens_and_the_same_text_again_with_digits_alone_and_the_f
 def test_ouro_has_four_norms_and_a_norm_after_every_pass_as_a_plain_implementation():
     tensors = random_tensors("ouro", tied=False)
     with place() as folder:
-        shape, found, _ = read.read(write_folder(Path(folder) / "ouro", tensors, "ouro", tied=False))
+        path = write_folder(Path(folder) / "ouro", tensors, "ouro", tied=False)
+        shape, found, _ = read.read(path)
     built = model.make(shape, found, L=9, eviction="sliding")
     close(logits_of(built, TEXT).double(), plain_model(tensors, TEXT, "ouro")[0], 1e-5)
     for N in (1, 3):                       # a sliding cache shows the keys of the last pass
@@ -545,8 +557,8 @@ def test_hard_eviction_leaves_S_alone_to_answer_from():
         swapped = [S if S is None else S.flip(0) for S in memory.S]
         close(built.wake(question, memory._replace(S=swapped))[0], said.flip(0), 1e-6)
         nothing = [S if S is None else S * 0 for S in memory.S]
-        empty = built.empty_memory(2)
-        close(built.wake(question, memory._replace(S=nothing))[0], built.wake(question, empty)[0], 1e-6)
+        unread, _ = built.wake(question, built.empty_memory(2))
+        close(built.wake(question, memory._replace(S=nothing))[0], unread, 1e-6)
 
 
 def test_a_warm_up_step_moves_inserted_blocks_only_and_words_never_move():
@@ -588,7 +600,7 @@ def test_every_text_can_be_solved_by_reading_and_all_of_it_is_slept_over():
             tokens, targets, depths = task.make_batch(step)
             again = task.make_batch(step)
             assert torch.equal(tokens, again[0]) and torch.equal(targets, again[1])
-            assert tokens.shape[1] - targets.shape[1] == len(task.windows(task.draw(random.Random(0), 3)[0]))
+            assert tokens.shape[1] - targets.shape[1] == len(task.windows(task.text(0)[0]))
             assert (tokens.shape[1] - targets.shape[1]) % cfg.L == 0
             for row, answers, depth in zip(tokens, targets, depths):
                 text = task.tokenizer.decode(row)
@@ -622,9 +634,10 @@ def test_chains_grow_longer_over_the_first_share_of_the_steps():
 
 
 def test_the_program_trains_resumes_and_its_checkpoint_answers_in_the_demonstration():
-    shape = f"--device cpu --file {tiny_file()[1]} --d_model 32 --n_head 4 --layout asaas --skip= --L 64"
-    flags = (f"{shape} --N 1 2 --people 6 --questions 2 --tests 12 --batch_size 4 --steps 4 --warmup 2 "
-             "--eval_every 2")
+    shape = (f"--device cpu --file {tiny_file()[1]} --d_model 32 --n_head 4 --layout asaas --skip= "
+             "--L 64")
+    flags = (f"{shape} --N 1 2 --people 6 --questions 2 --tests 12 --batch_size 4 --steps 4 "
+             "--warmup 2 --eval_every 2")
     with place() as folder:
         out = Path(folder) / "runs"
         status, printed, error = run(facts.main, f"{flags} --out {out}".split())
@@ -638,10 +651,20 @@ def test_the_program_trains_resumes_and_its_checkpoint_answers_in_the_demonstrat
         for words in ("in view, untouched, 3 reads:", "evicted, untouched, 1 read:",
                       "trained; evicted after a sleep of 2 passes, 2 reads:"):
             assert words in printed, printed
-        status, _, error = run(demo.main, [str(tiny_file()[1]), "--checkpoint", str(out / "command.txt")])
+        forgotten = re.search(r"\nevicted, untouched\n(.*?)\n\n", printed, re.S)[1]
+        checkpoint = str(out / "command.txt")
+        status, _, error = run(demo.main, [str(tiny_file()[1]), "--checkpoint", checkpoint])
         assert status == 2 and "checkpoint" in error and error.count("\n") == 1, error
+    shape_of_file, tensors, tokenizer = read.read(tiny_file()[1])
+    whole = model.make(shape_of_file, tensors, L=64)
+    names = re.findall(r"So (\w+) is in", forgotten)
+    said = demo.answers(whole, tokenizer, whole.empty_memory(1), [(name, 1, "") for name in names])
+    assert len(said) == 6
+    for line, text in zip(forgotten.splitlines(), said):
+        assert f" is in{text}" in line, (line, text)
     for flags, sentence in (("", "--file is missing"), (f"{shape} --people 7", "multiple"),
-                            (f"{shape} --span 3", "two numbers"), (f"{shape} --n_head 2", "--n_head 4"),
+                            (f"{shape} --span 3", "two numbers"),
+                            (f"{shape} --n_head 2", "--n_head 4"),
                             (f"{shape} --questions 99", "only")):
         status, _, error = run(facts.main, flags.split())
         assert status == 2 and sentence in error and error.count("\n") == 1, error

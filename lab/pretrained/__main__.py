@@ -1,8 +1,8 @@
-"""A pretrained model reads facts, forgets them, and is asked: untouched, evicted, and trained to sleep
+"""A pretrained model reads facts, forgets them, and is asked
 
-    python -m lab.pretrained FILE                              the model of a GGUF file or of a folder
-    python -m lab.pretrained FILE --checkpoint RUN/N3-seed0.pt           also a model that was trained
-    python -m lab.pretrained FILE --texts 100                  how often it is right, in so many texts
+    python -m lab.pretrained FILE                                 everything in view; and evicted
+    python -m lab.pretrained FILE --checkpoint RUN/N3-seed0.pt    also after training to sleep
+    python -m lab.pretrained FILE --texts 100                     how often it is right
 
 A text of the task in lab/pretrained/facts.py is shown, and a question for every person in it. Every
 answer is the likeliest next token of all. FILE: see `python -m lab.pretrained.facts --help`.
@@ -18,7 +18,7 @@ from lab.pretrained import facts, model
 
 @torch.no_grad()
 def answers(reader, tokenizer, memory, people):
-    """What the model says of each person, as text: each is asked from the same memory (of one text)."""
+    """What the model says of each person, as text: all are asked from the same memory."""
     questions = torch.tensor([tokenizer.encode(f" So {name} is in") for name, _, _ in people])
     memory = for_each(memory, len(people))
     logits, _ = reader.wake(reader.embed(questions), memory)
@@ -58,7 +58,10 @@ def say(title, people, said):
 
 
 def share_right(people, said, depth):
-    right = [text.strip() == place for text, (_, reads, place) in zip(said, people) if reads == depth]
+    right = []
+    for text, (_, reads, place) in zip(said, people):
+        if reads == depth:
+            right.append(text.strip() == place)
     return sum(right) / len(right)
 
 
@@ -70,7 +73,8 @@ def settings_of(checkpoint, file):
         try:
             settings |= sleep.read_checkpoint(checkpoint)["run"]["settings"]
         except (KeyError, TypeError):
-            raise sleep.BadInput(f"{checkpoint} is no checkpoint of lab.pretrained.facts.") from None
+            raise sleep.BadInput(f"{checkpoint} is no checkpoint of "
+                                 "lab.pretrained.facts.") from None
     return settings | dict(file=file, tests=1, device="cpu")
 
 
@@ -119,8 +123,10 @@ def main(argv):
             for depth in range(1, settings["reads"] + 1):
                 results.setdefault((title, depth), []).append(share_right(people, texts, depth))
 
-    print(f"\nshare right in {args.texts} text{'s' if args.texts > 1 else ''} (a constant answer: "
-          f"{1 / len(facts.PLACES):.2f}; one of the places named: {settings['reads'] / len(people):.2f})")
+    constant = 1 / len(facts.PLACES)
+    named = settings["reads"] / len(people)
+    print(f"\nshare right, texts: {args.texts} (a constant answer: {constant:.2f}; one of the "
+          f"places that are named: {named:.2f})")
     for (title, depth), shares in results.items():
         print(f"  {title}, {depth} read{'s' if depth > 1 else ''}: {sum(shares) / len(shares):.2f}")
 

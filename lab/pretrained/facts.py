@@ -1,8 +1,8 @@
 """A pretrained model reads facts, sleeps, forgets the text, and is asked (Sections 6.3 and 6.4)
 
-A text says of every person where they are, or with whom. The sentences stand in random order. All
-of them are evicted; then the model completes a sentence about one person. Names and places are drawn
-anew for every text, so nothing is known by heart.
+A text says of every person where they are, or with whom. The sentences stand in random order.
+All of them are evicted; then the model completes a sentence about one person. Names and places are
+drawn anew for every text, so nothing is known by heart.
 
     Kim is with Bob. Anna is in Rome. Bob is in Oslo. Tom is with Kim. ...     So Tom is in     Oslo
 
@@ -36,10 +36,10 @@ PRESETS = {
                 skip="4:28", bf16=True, plan=False, L=48, layout="aasaasaa", d_model=576, n_head=9,
                 steps=600, batch_size=16, lr_muon=2e-2, lr_adamw=5e-3, cooldown=0.3, warmup=540,
                 conv="s", eval_every=50),
-    "ouro": dict(N=[1, 4], file="", people=296, reads=4, questions=8, tests=400, deeper=0.4, span="",
-                 skip="", bf16=True, plan=False, L=2000, layout="aaaas" * 6, d_model=2048, n_head=16,
-                 steps=3000, batch_size=8, lr_muon=1e-3, lr_adamw=5e-4, cooldown=0.3, warmup=1000,
-                 conv="s", eval_every=250, recompute=True),
+    "ouro": dict(N=[1, 4], file="", people=296, reads=4, questions=8, tests=400, deeper=0.4,
+                 span="", skip="", bf16=True, plan=False, L=2000, layout="aaaas" * 6, d_model=2048,
+                 n_head=16, steps=3000, batch_size=8, lr_muon=1e-3, lr_adamw=5e-4, cooldown=0.3,
+                 warmup=1000, conv="s", eval_every=250, recompute=True),
 }
 FLAGS = dict(
     file="the pretrained model: a GGUF file, or a folder with config.json and safetensors",
@@ -55,9 +55,9 @@ FLAGS = dict(
 LIMITS = dict(people=(1, 1000), reads=(1, 50), questions=(1, 100), tests=(1, 100_000))
 
 # Every word is one token of SmolLM2 and Ouro, with the space before it.
-NAMES = """Anna Tom Kim Bob Alice Mary John James Peter Paul Mark Luke Emma Lucy Sara Jane Kate Laura
-    Julia Maria Susan Linda Karen Nancy Helen Ruth Alan Adam Brian Carl David Daniel Edward Eric Frank
-    Fred George Henry Jack Jacob""".split()
+NAMES = """Anna Tom Kim Bob Alice Mary John James Peter Paul Mark Luke Emma Lucy Sara Jane Kate
+    Laura Julia Maria Susan Linda Karen Nancy Helen Ruth Alan Adam Brian Carl David Daniel Edward
+    Eric Frank Fred George Henry Jack Jacob""".split()
 SURNAMES = """Smith Jones Brown Taylor Wilson Davis Clark Hall Young King Wright Hill Green Baker
     Nelson Carter Mitchell Roberts Turner Phillips Campbell Parker Evans Collins Stewart""".split()
 PLACES = "Paris Rome London Berlin Madrid Vienna Tokyo Oslo Moscow Athens Cairo Dublin".split()
@@ -67,7 +67,8 @@ START = "<|endoftext|>"        # stands before a text; it fills the first window
 @functools.lru_cache(1)
 def read_once(path):
     if not path:
-        raise sleep.BadInput("--file is missing: a GGUF file or a folder. See --help for one to download.")
+        raise sleep.BadInput("--file is missing: a GGUF file or a folder. See --help for one to "
+                             "download.")
     return read.read(path)
 
 
@@ -78,12 +79,14 @@ class Facts:
     def __init__(self, args, seed):
         for flag, (low, high) in LIMITS.items():
             if not low <= getattr(args, flag) <= high:
-                raise sleep.BadInput(f"--{flag} {getattr(args, flag)} must be from {low} to {high:,}.")
+                raise sleep.BadInput(f"--{flag} {getattr(args, flag)} must be from {low} to "
+                                     f"{high:,}.")
         if args.people % args.reads:
-            raise sleep.BadInput(f"--people {args.people} must be a multiple of --reads {args.reads}: "
-                                 "they stand in chains of that length.")
+            raise sleep.BadInput(f"--people {args.people} must be a multiple of --reads "
+                                 f"{args.reads}: they stand in chains of that length.")
         if args.questions > args.people:
-            raise sleep.BadInput(f"--questions {args.questions}: there are only {args.people} people.")
+            raise sleep.BadInput(f"--questions {args.questions}: there are only {args.people} "
+                                 "people.")
         if not 0 <= args.deeper <= 1:
             raise sleep.BadInput(f"--deeper {args.deeper} must be a share of the steps, 0 to 1.")
         shape, _, self.tokenizer = read_once(args.file)
@@ -96,8 +99,8 @@ class Facts:
             self.names = [f"{first} {last}" for first in NAMES for last in SURNAMES]
         for word in NAMES + SURNAMES + PLACES:
             if len(self.encode(f" {word}")) != 1:
-                raise sleep.BadInput(f"the word {word!r} is not one token of this tokenizer: the task "
-                                     "needs that of all its names.")
+                raise sleep.BadInput(f"the word {word!r} is not one token of this tokenizer: the "
+                                     "task needs that of all its names.")
         if len(self.encode(START)) != 1:
             raise sleep.BadInput(f"this tokenizer has no {START}, which begins a text.")
         self.encode = functools.lru_cache(100_000)(self.encode)
@@ -111,8 +114,8 @@ class Facts:
     def make_batch(self, step):
         """Step -> tokens (B, T), targets (B, M), depths (B,) of the last question; -1 is the test.
 
-        M: the tokens of all questions. The last of each has a target: the place. No answer is in the
-        input, where it would help with the next question.
+        M: the tokens of all questions. The last of each has a target: the place. No answer is in
+        the input, where it would help with the next question.
         """
         is_test = step < 0
         rng = random.Random(-1 if is_test else self.seed * 10 ** 9 + step)
@@ -148,7 +151,7 @@ class Facts:
         return facts, people, torch.tensor([self.windows(facts)], device=self.args.device)
 
     def reads(self, step):
-        """The chains of a training step: of 1 read at first, of `reads` after the share `deeper`."""
+        """The chains of a training step: of 1 read at first, of all after the share `deeper`."""
         growing = self.args.deeper * self.args.steps
         if step >= growing:
             return self.args.reads
@@ -185,7 +188,7 @@ class Facts:
         return tokens, targets
 
     def score(self, tokens, targets, logits, depths):
-        """Accuracy over the whole vocabulary and loss in nats, of the last question, for each depth."""
+        """Of the last question, for each depth: accuracy over all tokens, and loss in nats."""
         logits = logits[:, -1]
         answers = targets[:, -1]
         loss = F.cross_entropy(logits, answers, reduction="none")
@@ -240,25 +243,26 @@ def say_plan(args, shape):
     new = args.layout.count("s") * 5 * d * d
     words = shape.vocab_size * d * (1 if shape.tied else 2)
     asleep, awake = tokens_of(args)
-    print(f"{old:,} weights in blocks of the file, {new:,} in inserted ones, {words:,} for words; a "
-          f"sequence has {asleep:,} tokens that are slept over and {awake:,} awake")
+    print(f"{old:,} weights in blocks of the file, {new:,} in inserted ones, {words:,} for words; "
+          f"a sequence has {asleep:,} tokens that are slept over and {awake:,} awake")
     for_weights = 4 * (words + 3 * (old + new))                # they, gradients, momentum: float32
-    width = 14 * d + 4 * shape.d_ff                            # numbers that a block keeps of a token
+    width = 14 * d + 4 * shape.d_ff                            # numbers a token that a block keeps
     kept = args.batch_size * len(args.layout) * width * (2 if args.bf16 else 4)    # bytes a token
     for N in args.N:
         read_tokens = args.batch_size * (asleep * N + awake)
-        passes = 2 + args.recompute                            # forward, and the gradient through it
+        passes = 2 + args.recompute                            # forward, and through it backward
         warmup = read_tokens * 2 * (old * passes + new * (passes + 1))
         then = read_tokens * 2 * (old + new) * (passes + 1)
         flop = args.warmup * warmup + (args.steps - args.warmup) * then
         memory = for_weights + kept * (args.L if args.recompute else asleep * N + awake)
-        print(f"N = {N}: {flop / 1e15:,.2f} PFLOP in {args.steps:,} steps; some {memory / 1e9:,.0f} GB "
-              f"of memory; {flop / 3e14 / 60:,.0f} minutes at 300 TFLOP/s (a large GPU), "
+        print(f"N = {N}: {flop / 1e15:,.2f} PFLOP in {args.steps:,} steps; some "
+              f"{memory / 1e9:,.0f} GB of memory; "
+              f"{flop / 3e14 / 60:,.0f} minutes at 300 TFLOP/s (a large GPU), "
               f"{flop / 2e11 / 60:,.0f} at 0.2 TFLOP/s (a CPU core with AMX)")
 
 
 def tokens_of(args):
-    """Tokens of a training sequence that are slept over, and tokens awake. Every word is a token."""
+    """Tokens of a training sequence that are slept over, and awake ones. Every word is a token."""
     name = 1 if args.people <= len(NAMES) else 2
     chains = args.people // args.reads
     facts = chains * (name + 4) + (args.people - chains) * (2 * name + 3)      # "Tom is with Kim."

@@ -1,15 +1,15 @@
-"""A pretrained transformer that sleeps: its blocks, SSM blocks of sleep.py between them, and a loop.
+"""A pretrained transformer that sleeps: its blocks, inserted SSM blocks, and a loop.
 
-What is sleep.py's as it is: attention, the SSM mixer with its convolution, the fast-weight rule, the
-memory, eviction, streaming, training. Where a pretrained model differs:
+What is sleep.py's as it is: attention, the SSM mixer with its convolution, the fast-weight rule,
+the memory, eviction, streaming, training. Where a pretrained model differs:
   grouped heads   fewer heads of keys and values than of queries: each serves several (Grouped).
   RoPE            the same rotation with the file's own base.
   MLP             SwiGLU: silu(gate(x)) * up(x), not squared ReLU.
   Ouro            a norm after attention and after the MLP, too: four a block; and the last norm
                   closes every pass, so the next one starts from normed features.
-  inserted SSM    no MLP (Section 6.3). Their output projection starts at 0: a new block adds nothing.
+  inserted SSM    no MLP (Section 6.3). Their output projection starts at 0: a new one adds nothing.
   the loop        all blocks, or a span of them: the blocks before it are read once, those in it N
-                  times, those after it once (Section 6.3 loops the middle 14 of 28 of Jet-Nemotron).
+                  times, those after it once (Section 6.3: the middle 14 of 28 of Jet-Nemotron).
 
 Embedding, last norm and head keep their weights: our choice. A warm-up (Section 6.4) therefore
 trains the inserted blocks alone, with hard eviction; after it all blocks learn.
@@ -157,8 +157,8 @@ class PretrainedLM(sleep.SleepLM):
         unknown = sorted(name for name in unused if not name.startswith(skipped + gate + head))
         for words, names in (("lacks", missing), ("has, not known here,", unknown)):
             if names:
-                raise BadInput(f"the file {words} {names[0]} (of {len(names)}): it is no model of the "
-                               f"family {self.shape.family} as it is read here.")
+                raise BadInput(f"the file {words} {names[0]} (of {len(names)}): it is no model of "
+                               f"the family {self.shape.family} as it is read here.")
         for name, parameter in targets.items():
             if parameter.shape != tensors[name].shape:
                 raise BadInput(f"{name} is {tuple(tensors[name].shape)} in the file and should be "
@@ -167,15 +167,17 @@ class PretrainedLM(sleep.SleepLM):
 
     def names(self):
         """{name in the file: parameter of this model}, of all that the file must hold."""
-        names = {"model.embed_tokens.weight": self.embed.weight, "model.norm.weight": self.norm.weight}
+        names = {"model.embed_tokens.weight": self.embed.weight,
+                 "model.norm.weight": self.norm.weight}
         if not self.shape.tied:
             names["lm_head.weight"] = self.head.weight
         pretrained = [block for block in self.blocks if block.kind == "a"]
         for i, block in zip(self.taken, pretrained, strict=True):
             parts = {"self_attn.q_proj": block.mixer.q, "self_attn.k_proj": block.mixer.k,
                      "self_attn.v_proj": block.mixer.v, "self_attn.o_proj": block.mixer.o,
-                     "mlp.gate_proj": block.gate, "mlp.up_proj": block.up, "mlp.down_proj": block.down,
-                     "input_layernorm": block.norm1, "post_attention_layernorm": block.norm2}
+                     "mlp.gate_proj": block.gate, "mlp.up_proj": block.up,
+                     "mlp.down_proj": block.down, "input_layernorm": block.norm1,
+                     "post_attention_layernorm": block.norm2}
             if self.shape.family == "ouro":
                 parts["input_layernorm_2"] = block.after1
                 parts["post_attention_layernorm_2"] = block.after2
@@ -187,8 +189,8 @@ class PretrainedLM(sleep.SleepLM):
 
     def one_pass(self, h, S, cache, part=slice(None)):
         if self.recompute and torch.is_grad_enabled():
-            return sleep.recompute_in_backward(self.blocks_once, h, S, cache, part, use_reentrant=False,
-                                               preserve_rng_state=False)
+            return sleep.recompute_in_backward(self.blocks_once, h, S, cache, part,
+                                               use_reentrant=False, preserve_rng_state=False)
         return self.blocks_once(h, S, cache, part)
 
     def blocks_once(self, h, S, cache, part=slice(None)):
@@ -251,21 +253,23 @@ def check(cfg, shape, span, skip):
     wanted = dict(d_model=shape.d_model, n_head=shape.heads, vocab_size=shape.vocab_size)
     for name, value in wanted.items():
         if getattr(cfg, name) != value:
-            raise BadInput(f"the model of this file has {name} {value}, not {getattr(cfg, name)}: take "
-                           f"--{name} {value}.")
+            raise BadInput(f"the model of this file has {name} {value}, not {getattr(cfg, name)}: "
+                           f"take --{name} {value}.")
     for name, part, whole in (("span", span, len(cfg.layout)), ("skip", skip, shape.blocks)):
         if part is not None and not 0 <= part[0] < part[1] <= whole:
             raise BadInput(f"--{name} {part[0]}:{part[1]} must be a part of the {whole} blocks.")
     taken = shape.blocks - (skip[1] - skip[0] if skip else 0)
     if cfg.layout.count("a") != taken:
-        raise BadInput(f"the layout {cfg.layout} has {cfg.layout.count('a')} letters a, and {taken} "
-                       f"blocks of the {shape.blocks} of the file are taken: change --layout or --skip.")
+        raise BadInput(f"the layout {cfg.layout} has {cfg.layout.count('a')} letters a, and "
+                       f"{taken} blocks of the {shape.blocks} of the file are taken: change "
+                       "--layout or --skip.")
     if "a" in cfg.conv:
-        raise BadInput(f"conv {cfg.conv!r}: pretrained attention has no convolution in front. Take s.")
+        raise BadInput(f"conv {cfg.conv!r}: pretrained attention has no convolution in front. Take "
+                       "s.")
 
 
 def make(shape, tensors, L, layout=None, T=None, span=None, skip=None, **values):
-    """Shape and tensors of a file -> the model. layout None: all blocks of the file, no inserted one.
+    """Shape and tensors of a file -> the model. layout None: all its blocks, and no inserted one.
 
     values: further fields of sleep.Config.
     """

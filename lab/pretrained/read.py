@@ -1,7 +1,7 @@
-"""Reads a pretrained model: a GGUF file, or a folder with config.json, tokenizer.json, *.safetensors.
+"""Reads a pretrained model: a GGUF file, or a folder with config.json, tokenizer.json, safetensors.
 
-No package is needed for it. A file is never trusted: every length that it names is compared with the
-size of the file before memory is taken for it, and what is wrong is said in a sentence (BadInput).
+No package is needed for it. A file is never trusted: every length that it names is compared with
+the size of the file before memory is taken for it. What is wrong is said in a sentence (BadInput).
 
 Two families are read: llama (SmolLM2 is one), and ouro, which has four norms in a block. A GGUF of
 llama.cpp gets the names and the order of rows that safetensors have, so that one model takes both.
@@ -26,7 +26,7 @@ from sleep import BadInput
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a pretrained transformer."""
-    family: str                # llama, or ouro: two more norms a block, and the last norm every pass
+    family: str                # llama; or ouro, with two more norms a block, and one every pass
     blocks: int
     d_model: int
     heads: int                 # of queries
@@ -41,14 +41,16 @@ class Shape:
         for name in ("blocks", "d_model", "heads", "kv_heads", "d_ff", "vocab_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 10 ** 7:
-                raise BadInput(f"the file says that {name} is {value!r}, which is no size of a model.")
+                raise BadInput(f"the file says that {name} is {value!r}, which is no size of a "
+                               "model.")
         for name in ("theta", "eps"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value < 1e12:
-                raise BadInput(f"the file says that {name} is {value!r}; it must be a number above 0.")
+                raise BadInput(f"the file says that {name} is {value!r}; it must be a number above "
+                               "0.")
         if self.d_model % (2 * self.heads) or self.heads % self.kv_heads:
-            raise BadInput(f"a width of {self.d_model}, {self.heads} heads and {self.kv_heads} heads of "
-                           "keys do not divide each other: this model cannot be read.")
+            raise BadInput(f"a width of {self.d_model}, {self.heads} heads and {self.kv_heads} "
+                           "heads of keys do not divide each other: this model cannot be read.")
 
 
 def read(path):
@@ -59,8 +61,9 @@ def read(path):
             return read_folder(path)
         return read_gguf(path)
     except OSError as e:
-        raise BadInput(f"{e.filename or path} cannot be opened ({e.strerror or e}): give a GGUF file, or "
-                       "a folder with config.json, tokenizer.json and safetensors.") from None
+        raise BadInput(f"{e.filename or path} cannot be opened ({e.strerror or e}): give a GGUF "
+                       "file, or a folder with config.json, tokenizer.json and "
+                       "safetensors.") from None
 
 
 def read_shape(path):
@@ -83,8 +86,8 @@ class Bytes:
     def slice(self, start, size):
         """`size` bytes from `start` on. BadInput if the file has fewer: then nothing is loaded."""
         if start + size > len(self.data):
-            raise BadInput(f"{self.path} is cut off or damaged: it has {len(self.data):,} bytes, and "
-                           f"{start + size:,} are needed. Download it again.")
+            raise BadInput(f"{self.path} is cut off or damaged: it has {len(self.data):,} bytes, "
+                           f"and {start + size:,} are needed. Download it again.")
         return self.data[start:start + size]
 
     def take(self, size):
@@ -103,7 +106,8 @@ class Bytes:
 # ------------------------------------------------------------------------------------------------
 # GGUF: magic, version, counts; metadata; a table of tensors; then, aligned, their data
 
-NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?",
+           10: "Q", 11: "q", 12: "d"}      # as in Python's struct
 STRING, ARRAY = 8, 9
 LAYOUTS = {                    # type of a tensor: weights and bytes of one block of it
     0: (1, 4),                 # F32
@@ -125,7 +129,7 @@ def read_gguf(path):
     n_tensors = file.number("Q")
     n_keys = file.number("Q")
     facts = {}
-    for _ in range(n_keys):                                    # a false count runs into the file's end
+    for _ in range(n_keys):                # a false count runs into the end of the file
         key = file.string()
         facts[key] = read_value(file, file.number("I"))
     table = []
@@ -141,18 +145,20 @@ def read_gguf(path):
         raise BadInput(f"{path} is damaged: its alignment is {alignment!r}.")
     start = math.ceil(file.at / alignment) * alignment
 
-    shape = shape_of_gguf(facts)
+    tied = "output.weight" not in {name for name, *_ in table}
+    shape = shape_of_gguf(facts, tied)
     tokenizer = tokenizer_of_gguf(facts)
     tensors = {}
     for name, dimensions, kind, offset in table:
         if kind not in LAYOUTS:
-            raise BadInput(f"{path}: its tensor {name} is of type {kind}; only F32, F16, Q4_1 and Q8_0 "
-                           "(0, 1, 3 and 8) are read here. Take another file of the same model.")
+            raise BadInput(f"{path}: its tensor {name} is of type {kind}; only F32, F16, Q4_1 and "
+                           "Q8_0 (0, 1, 3 and 8) are read here. Take another file of the same "
+                           "model.")
         weights, size = LAYOUTS[kind]
         count = math.prod(dimensions)
         if not dimensions or count % weights:
-            raise BadInput(f"{path} is damaged: its tensor {name} is {dimensions}, which is no whole "
-                           f"number of blocks of {weights}.")
+            raise BadInput(f"{path} is damaged: its tensor {name} is {dimensions}, which is no "
+                           f"whole number of blocks of {weights}.")
         raw = file.slice(start + offset, count // weights * size)
         tensor = torch.from_numpy(decode(raw, kind)).view(dimensions)
         name = name_of_gguf(name)
@@ -174,13 +180,13 @@ def read_value(file, kind):
         element = file.number("I")
         count = file.number("Q")
         if element == STRING:
-            return [file.string() for _ in range(count)]       # a false count runs into the file's end
+            return [file.string() for _ in range(count)]       # a false count runs into the end
         if element in NUMBERS:
             letter = NUMBERS[element]
             size = struct.calcsize("<" + letter)
             return np.frombuffer(file.take(count * size), "<" + letter).tolist()
-    raise BadInput(f"{file.path} is damaged, or newer than this reader: its metadata has a value of "
-                   f"type {kind}.")
+    raise BadInput(f"{file.path} is damaged, or newer than this reader: its metadata has a value "
+                   f"of type {kind}.")
 
 
 def decode(raw, kind):
@@ -199,7 +205,7 @@ def decode(raw, kind):
 
 
 def undo_llama_cpp(weight, heads):
-    """llama.cpp rotates neighbouring rows of a head, RoPE here row i and i + K/2: sort them back."""
+    """llama.cpp rotates neighbouring rows of a head, here RoPE takes i and i + K/2: sort back."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
@@ -220,15 +226,17 @@ def name_of_gguf(name):
     return f"{NAMES[stem]}.weight" if stem in NAMES else name
 
 
-def shape_of_gguf(facts):
+def shape_of_gguf(facts, tied):
     family = facts.get("general.architecture")
     if family != "llama":
-        raise BadInput(f"this GGUF holds a model of the family {family!r}; only llama is read here.")
+        raise BadInput(f"this GGUF holds a model of the family {family!r}; only llama is read "
+                       "here.")
 
     def fact(name, default=None):
         value = facts.get(f"llama.{name}", default)
         if value is None:
-            raise BadInput(f"this GGUF lacks llama.{name}, without which its model cannot be built.")
+            raise BadInput(f"this GGUF lacks llama.{name}, without which its model cannot be "
+                           "built.")
         return value
 
     d_model = fact("embedding_length")
@@ -236,15 +244,16 @@ def shape_of_gguf(facts):
     tokens = facts.get("tokenizer.ggml.tokens", [])
     scaling = facts.get("llama.rope.scaling.type", "none")
     if scaling != "none":
-        raise BadInput(f"this model scales its rotary positions ({scaling}), which is not read here.")
+        raise BadInput(f"this model scales its rotary positions ({scaling}), which is not read "
+                       "here.")
     shape = Shape("llama", fact("block_count"), d_model, heads,
                   fact("attention.head_count_kv", heads), fact("feed_forward_length"),
                   fact("vocab_size", len(tokens)), fact("rope.freq_base", 10000.0),
-                  fact("attention.layer_norm_rms_epsilon"), tied=True)     # a head in the file is read
+                  fact("attention.layer_norm_rms_epsilon"), tied)
     rotated = fact("rope.dimension_count", d_model // heads)
     if rotated != d_model // heads:
-        raise BadInput(f"this model rotates {rotated} of the {d_model // heads} numbers of a head; only "
-                       "whole heads are read here.")
+        raise BadInput(f"this model rotates {rotated} of the {d_model // heads} numbers of a head; "
+                       "only whole heads are read here.")
     return shape
 
 
@@ -289,9 +298,10 @@ def read_safetensors(path):
     try:
         header = json.loads(file.take(length))
         header.pop("__metadata__", None)
-        table = [(name, x["dtype"], [int(n) for n in x["shape"]], *map(int, x["data_offsets"]))
-                 for name, x in header.items()]
-        table = [(name, dtype, shape, first, end) for name, dtype, shape, first, end in table]
+        table = []
+        for name, x in header.items():
+            first, end = map(int, x["data_offsets"])
+            table.append((name, x["dtype"], [int(n) for n in x["shape"]], first, end))
     except BadInput:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -300,11 +310,12 @@ def read_safetensors(path):
     tensors = {}
     for name, dtype, shape, first, end in table:
         if dtype not in DTYPES:
-            raise BadInput(f"{path}: its tensor {name} is of type {dtype}; only F32, F16 and BF16 are "
-                           "read here.")
+            raise BadInput(f"{path}: its tensor {name} is of type {dtype}; only F32, F16 and BF16 "
+                           "are read here.")
         size = DTYPES[dtype].itemsize
         if min(shape, default=1) < 1 or first < 0 or end - first != math.prod(shape) * size:
-            raise BadInput(f"{path} is damaged: its tensor {name} is {shape} in {end - first} bytes.")
+            raise BadInput(f"{path} is damaged: its tensor {name} is {shape} in {end - first} "
+                           "bytes.")
         raw = bytearray(file.slice(8 + length + first, end - first))
         tensors[name] = torch.frombuffer(raw, dtype=DTYPES[dtype]).view(shape).float()
     return tensors
@@ -313,23 +324,25 @@ def read_safetensors(path):
 def shape_of_config(config):
     family = config.get("model_type")
     if family not in ("llama", "ouro"):
-        raise BadInput(f"config.json describes a model of the family {family!r}; only llama and ouro are "
-                       "read here.")
+        raise BadInput(f"config.json describes a model of the family {family!r}; only llama and "
+                       "ouro are read here.")
     heads = config.get("num_attention_heads")
     rope = config.get("rope_parameters") or {}                 # its place in newer files
+    scaled = config.get("rope_scaling") or rope.get("rope_type", "default") != "default"
     unknown = {
         "hidden_act": config.get("hidden_act", "silu") != "silu",
         "attention_bias": bool(config.get("attention_bias")),
         "mlp_bias": bool(config.get("mlp_bias")),
-        "rope_scaling": bool(config.get("rope_scaling")) or rope.get("rope_type", "default") != "default",
+        "rope_scaling": bool(scaled),
         "use_sliding_window": bool(config.get("use_sliding_window"))}
     for name, is_unknown in unknown.items():
         if is_unknown:
             raise BadInput(f"config.json says {name} {config.get(name)!r}, which is not read here.")
+    theta = config.get("rope_theta") or rope.get("rope_theta", 10000.0)
     shape = Shape(family, config.get("num_hidden_layers"), config.get("hidden_size"), heads,
                   config.get("num_key_value_heads") or heads, config.get("intermediate_size"),
-                  config.get("vocab_size"), config.get("rope_theta") or rope.get("rope_theta", 10000.0),
-                  config.get("rms_norm_eps", 1e-6), bool(config.get("tie_word_embeddings")))
+                  config.get("vocab_size"), theta, config.get("rms_norm_eps", 1e-6),
+                  bool(config.get("tie_word_embeddings")))
     width = config.get("head_dim") or shape.d_model // heads
     if width * heads != shape.d_model:
         raise BadInput(f"config.json says head_dim {width}: {heads} of them are not the width "
@@ -362,8 +375,8 @@ class Tokenizer:
     """Text <-> tokens. The split of SmolLM2 and Ouro: every digit alone, then the pattern of GPT-2.
 
     ASCII text gets exactly their tokens. Elsewhere Python's letters and digits differ a little from
-    Unicode's, which the pattern means. A byte that has no token is dropped, as they do: SmolLM2 lacks
-    21, some control characters among them.
+    Unicode's, which the pattern means. A byte that has no token is dropped, as they do: SmolLM2
+    lacks 21, some control characters among them.
     """
 
     def __init__(self, tokens, merges, special):
@@ -422,12 +435,12 @@ def make_tokenizer(tokens, merges, special):
     """As Tokenizer, after a check that the parts fit together."""
     missing = [chr(byte) for byte in range(33, 127) if chr(byte) not in tokens]
     if missing:
-        raise BadInput(f"this tokenizer has no token for {missing[0]!r}: it is no byte-level BPE, the "
-                       "only one that is read here.")
+        raise BadInput(f"this tokenizer has no token for {missing[0]!r}: it is no byte-level BPE, "
+                       "the only one that is read here.")
     for first, second in merges:
         if first not in tokens or second not in tokens or first + second not in tokens:
-            raise BadInput(f"this tokenizer is damaged: it merges {first!r} and {second!r}, and one of "
-                           "them or their sum is no token.")
+            raise BadInput(f"this tokenizer is damaged: it merges {first!r} and {second!r}, and "
+                           "one of them or their sum is no token.")
     return Tokenizer(tokens, merges, special)
 
 
@@ -440,8 +453,10 @@ def tokenizer_of_gguf(facts):
     types = facts.get("tokenizer.ggml.token_type")
     merges = facts.get("tokenizer.ggml.merges")
     fits = isinstance(texts, list) and isinstance(types, list) and isinstance(merges, list)
-    if not fits or len(texts) != len(types) or not all(isinstance(text, str) for text in texts + merges):
-        raise BadInput("the tokenizer of this GGUF is damaged: tokens, their types and merges do not fit.")
+    fits = fits and len(texts) == len(types)
+    if not fits or not all(isinstance(text, str) for text in texts + merges):
+        raise BadInput("the tokenizer of this GGUF is damaged: tokens, their types and merges do "
+                       "not fit.")
     control = 3
     special = [text for text, kind in zip(texts, types) if kind == control]
     tokens = {text: number for number, text in enumerate(texts)}
@@ -456,8 +471,8 @@ def tokenizer_of_json(facts):
                  for step in steps]
         known = steps == [("Digits", True, None), ("ByteLevel", None, False)]
         if model["type"] != "BPE" or not known or facts.get("normalizer"):
-            raise BadInput(f"tokenizer.json has the tokenizer {model['type']!r} with the split {steps}; "
-                           "only byte-level BPE with single digits is read here.")
+            raise BadInput(f"tokenizer.json has the tokenizer {model['type']!r} with the split "
+                           f"{steps}; only byte-level BPE with single digits is read here.")
         tokens = dict(model["vocab"])
         special = [token["content"] for token in facts.get("added_tokens", [])]
         tokens |= {token["content"]: token["id"] for token in facts.get("added_tokens", [])}
@@ -465,13 +480,16 @@ def tokenizer_of_json(facts):
     except BadInput:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise BadInput(f"tokenizer.json is no tokenizer that is read here: {type(e).__name__} {e}.") from None
+        raise BadInput(f"tokenizer.json is no tokenizer that is read here: {type(e).__name__} "
+                       f"{e}.") from None
     return make_tokenizer(tokens, merges, special)
 
 
 def split_merges(merges):
     """'a b' or ['a', 'b'] -> ('a', 'b'), for each."""
-    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    pairs = []
+    for merge in merges:
+        pairs.append(tuple(merge.split(" ") if isinstance(merge, str) else merge))
     if any(len(pair) != 2 for pair in pairs):
         raise BadInput("the tokenizer is damaged: a merge is not of two parts.")
     return pairs
