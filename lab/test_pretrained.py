@@ -377,6 +377,8 @@ def test_a_file_that_is_cut_off_or_lies_about_its_size_gets_a_sentence_and_no_me
                 safetensors_bytes({}, dict(a=x | dict(data_offsets=[0, 8]))): "8 bytes",
                 safetensors_bytes({}, dict(a=x | dict(data_offsets=[-2 ** 42, 0]))): "damaged",
                 safetensors_bytes({}, dict(a=x | dict(dtype="F8_E4M3"))): "F8_E4M3",
+                safetensors_bytes(dict(a=torch.ones(9)), {
+                    str(i): x | dict(shape=[9], data_offsets=[0, 36]) for i in range(99)}): "more",
                 safetensors_bytes({}, dict(a=5)): "header"}.items():
             tensors.write_bytes(raw)
             refused(sentence, read.read_safetensors, tensors)
@@ -406,14 +408,19 @@ def test_a_foreign_model_or_tokenizer_and_a_file_that_contradicts_itself_get_a_s
                 ("rope_scaling", dict(type="yarn"), "rope_scaling"),
                 ("attention_bias", True, "bias"),
                 ("head_dim", 16, "head_dim"), ("hidden_size", "32", "d_model"),
-                ("num_hidden_layers", None, "blocks")):
-            path = write_folder(Path(folder) / key, random_tensors(), **{key: value})
+                ("num_hidden_layers", None, "blocks"), ("num_hidden_layers", 10 ** 7, "missing"),
+                ("vocab_size", 10 ** 7, "contradicts"), ("intermediate_size", 10 ** 7, "contradicts")):
+            path = write_folder(Path(folder) / f"{key} {value}", random_tensors(), **{key: value})
             refused(sentence, read.read, path)
         path = write_folder(Path(folder) / "tokenizer", random_tensors())
         other = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
         other["pre_tokenizer"]["pretokenizers"][0]["type"] = "Split"
         write_json(path / "tokenizer.json", other)
         refused("'Split'", read.read, path)
+        other["pre_tokenizer"]["pretokenizers"][0]["type"] = "Digits"
+        for model_part in (dict(vocab={"a": "b"}), dict(merges=[[["a"], ["b"]]]), dict(merges=[5])):
+            write_json(path / "tokenizer.json", other | dict(model=other["model"] | model_part))
+            refused("tokenizer", read.read, path)
         (path / "tokenizer.json").write_text("{", encoding="utf-8")
         refused("no json", read.read, path)
 

@@ -10,6 +10,7 @@ Sources: the GGUF specification, github.com/ggml-org/ggml/blob/master/docs/gguf.
 format, github.com/huggingface/safetensors; byte-level BPE, Radford et al. 2019 (GPT-2).
 """
 import functools
+import itertools
 import json
 import math
 import re
@@ -57,9 +58,9 @@ def read(path):
     """Path of a GGUF file or of a folder -> Shape, {name: float32 tensor}, Tokenizer."""
     path = Path(path)
     try:
-        if path.is_dir():
-            return read_folder(path)
-        return read_gguf(path)
+        shape, tensors, tokenizer = read_folder(path) if path.is_dir() else read_gguf(path)
+        check_sizes(path, shape, tensors)
+        return shape, tensors, tokenizer
     except OSError as e:
         raise BadInput(f"{e.filename or path} cannot be opened ({e.strerror or e}): give a GGUF "
                        "file, or a folder with config.json, tokenizer.json and "
@@ -74,6 +75,19 @@ def read_shape(path):
     return read(path)[0]
 
 
+def check_sizes(path, shape, tensors):
+    """BadInput if the sizes that a file names are not those of its tensors: before memory is taken."""
+    wanted = itertools.chain(
+        [("model.embed_tokens.weight", (shape.vocab_size, shape.d_model))],
+        ((f"model.layers.{i}.mlp.gate_proj.weight", (shape.d_ff, shape.d_model))
+         for i in range(shape.blocks)))
+    for name, size in wanted:
+        found = tuple(tensors[name].shape) if name in tensors else "missing"
+        if found != size:
+            raise BadInput(f"{path} contradicts itself: its tensor {name} should be {size} and is "
+                           f"{found}.")
+
+
 class Bytes:
     """The bytes of a file, mapped and not loaded, with a place to read from."""
 
@@ -82,6 +96,7 @@ class Bytes:
         empty = path.stat().st_size == 0                       # which cannot be mapped
         self.data = np.zeros(0, np.uint8) if empty else np.memmap(path, np.uint8, "r")
         self.at = 0
+        self.loaded = 0        # bytes of tensors
 
     def slice(self, start, size):
         """`size` bytes from `start` on. BadInput if the file has fewer: then nothing is loaded."""
@@ -89,6 +104,14 @@ class Bytes:
             raise BadInput(f"{self.path} is cut off or damaged: it has {len(self.data):,} bytes, "
                            f"and {start + size:,} are needed. Download it again.")
         return self.data[start:start + size]
+
+    def tensor(self, start, size):
+        """As slice. BadInput if tensors overlap: then many of them can be larger than the file."""
+        raw = self.slice(start, size)
+        self.loaded += size
+        if self.loaded > len(self.data):
+            raise BadInput(f"{self.path} is damaged: it names more tensors than it has bytes.")
+        return raw
 
     def take(self, size):
         taken = self.slice(self.at, size).tobytes()
@@ -159,7 +182,7 @@ def read_gguf(path):
         if not dimensions or count % weights:
             raise BadInput(f"{path} is damaged: its tensor {name} is {dimensions}, which is no "
                            f"whole number of blocks of {weights}.")
-        raw = file.slice(start + offset, count // weights * size)
+        raw = file.tensor(start + offset, count // weights * size)
         tensor = torch.from_numpy(decode(raw, kind)).view(dimensions)
         name = name_of_gguf(name)
         if ".q_proj." in name:
@@ -206,6 +229,9 @@ def decode(raw, kind):
 
 def undo_llama_cpp(weight, heads):
     """llama.cpp rotates neighbouring rows of a head, here RoPE takes i and i + K/2: sort back."""
+    if weight.ndim != 2 or len(weight) % (2 * heads):
+        raise BadInput(f"this GGUF contradicts itself: {heads} heads do not fit into a matrix "
+                       f"{tuple(weight.shape)}.")
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
@@ -316,7 +342,7 @@ def read_safetensors(path):
         if min(shape, default=1) < 1 or first < 0 or end - first != math.prod(shape) * size:
             raise BadInput(f"{path} is damaged: its tensor {name} is {shape} in {end - first} "
                            "bytes.")
-        raw = bytearray(file.slice(8 + length + first, end - first))
+        raw = bytearray(file.tensor(8 + length + first, end - first))
         tensors[name] = torch.frombuffer(raw, dtype=DTYPES[dtype]).view(shape).float()
     return tensors
 
@@ -327,7 +353,8 @@ def shape_of_config(config):
         raise BadInput(f"config.json describes a model of the family {family!r}; only llama and "
                        "ouro are read here.")
     heads = config.get("num_attention_heads")
-    rope = config.get("rope_parameters") or {}                 # its place in newer files
+    rope = config.get("rope_parameters")                       # its place in newer files
+    rope = rope if isinstance(rope, dict) else {}
     scaled = config.get("rope_scaling") or rope.get("rope_type", "default") != "default"
     unknown = {
         "hidden_act": config.get("hidden_act", "silu") != "silu",
@@ -437,6 +464,8 @@ def make_tokenizer(tokens, merges, special):
     if missing:
         raise BadInput(f"this tokenizer has no token for {missing[0]!r}: it is no byte-level BPE, "
                        "the only one that is read here.")
+    if not all(isinstance(number, int) and number >= 0 for number in tokens.values()):
+        raise BadInput("this tokenizer is damaged: the number of a token is none.")
     for first, second in merges:
         if first not in tokens or second not in tokens or first + second not in tokens:
             raise BadInput(f"this tokenizer is damaged: it merges {first!r} and {second!r}, and "
@@ -476,13 +505,12 @@ def tokenizer_of_json(facts):
         tokens = dict(model["vocab"])
         special = [token["content"] for token in facts.get("added_tokens", [])]
         tokens |= {token["content"]: token["id"] for token in facts.get("added_tokens", [])}
-        merges = split_merges(model["merges"])
+        return make_tokenizer(tokens, split_merges(model["merges"]), special)
     except BadInput:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise BadInput(f"tokenizer.json is no tokenizer that is read here: {type(e).__name__} "
                        f"{e}.") from None
-    return make_tokenizer(tokens, merges, special)
 
 
 def split_merges(merges):
