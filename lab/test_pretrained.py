@@ -377,8 +377,8 @@ def test_a_file_that_is_cut_off_or_lies_about_its_size_gets_a_sentence_and_no_me
                 safetensors_bytes({}, dict(a=x | dict(data_offsets=[0, 8]))): "8 bytes",
                 safetensors_bytes({}, dict(a=x | dict(data_offsets=[-2 ** 42, 0]))): "damaged",
                 safetensors_bytes({}, dict(a=x | dict(dtype="F8_E4M3"))): "F8_E4M3",
-                safetensors_bytes(dict(a=torch.ones(9)), {
-                    str(i): x | dict(shape=[9], data_offsets=[0, 36]) for i in range(99)}): "more",
+                safetensors_bytes(dict(a=torch.ones(900)), {
+                    str(i): x | dict(shape=[900], data_offsets=[0, 3600]) for i in range(9)}): "more",
                 safetensors_bytes({}, dict(a=5)): "header"}.items():
             tensors.write_bytes(raw)
             refused(sentence, read.read_safetensors, tensors)
@@ -409,7 +409,8 @@ def test_a_foreign_model_or_tokenizer_and_a_file_that_contradicts_itself_get_a_s
                 ("attention_bias", True, "bias"),
                 ("head_dim", 16, "head_dim"), ("hidden_size", "32", "d_model"),
                 ("num_hidden_layers", None, "blocks"), ("num_hidden_layers", 10 ** 7, "missing"),
-                ("vocab_size", 10 ** 7, "contradicts"), ("intermediate_size", 10 ** 7, "contradicts")):
+                ("vocab_size", 10 ** 7, "contradicts"),
+                ("intermediate_size", 10 ** 7, "contradicts")):
             path = write_folder(Path(folder) / f"{key} {value}", random_tensors(), **{key: value})
             refused(sentence, read.read, path)
         path = write_folder(Path(folder) / "tokenizer", random_tensors())
@@ -418,7 +419,9 @@ def test_a_foreign_model_or_tokenizer_and_a_file_that_contradicts_itself_get_a_s
         write_json(path / "tokenizer.json", other)
         refused("'Split'", read.read, path)
         other["pre_tokenizer"]["pretokenizers"][0]["type"] = "Digits"
-        for model_part in (dict(vocab={"a": "b"}), dict(merges=[[["a"], ["b"]]]), dict(merges=[5])):
+        broken = other["model"]["vocab"] | {"a new one": "7"}
+        for model_part in (dict(vocab={"a": 1}), dict(vocab=broken), dict(merges=[[["a"], ["b"]]]),
+                           dict(merges=[5])):
             write_json(path / "tokenizer.json", other | dict(model=other["model"] | model_part))
             refused("tokenizer", read.read, path)
         (path / "tokenizer.json").write_text("{", encoding="utf-8")
@@ -507,6 +510,8 @@ def test_a_sleep_repeats_the_span_alone_and_one_pass_is_the_plain_model():
             block.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
         memory = built.sleep(h, built.empty_memory(2), 3)
         assert calls == [1, 1, 3, 3, 3, 1]
+        unread = built.sleep(h, memory, 0)
+        assert unread.S == memory.S and calls == [1, 1, 3, 3, 3, 1]
         # By hand: the blocks before, three times those of the span, those after.
         S = built.empty_memory(2).S
         empty = built.empty_memory(2).cache
@@ -587,6 +592,7 @@ def test_a_warm_up_step_moves_inserted_blocks_only_and_words_never_move():
 
     inserted = {name for i in (1, 4) for name, _ in built.named_parameters()
                 if name.startswith(f"blocks.{i}.")}
+    assert "blocks.1.conv.weight" in inserted
     first = moved(0)
     assert first == {"blocks.1.mixer.o.weight", "blocks.4.mixer.o.weight"}     # the others see a 0
     assert built.cfg.eviction == "hard"

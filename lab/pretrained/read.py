@@ -76,7 +76,7 @@ def read_shape(path):
 
 
 def check_sizes(path, shape, tensors):
-    """BadInput if the sizes that a file names are not those of its tensors: before memory is taken."""
+    """BadInput if the sizes that a file names are not its tensors': before memory is taken."""
     wanted = itertools.chain(
         [("model.embed_tokens.weight", (shape.vocab_size, shape.d_model))],
         ((f"model.layers.{i}.mlp.gate_proj.weight", (shape.d_ff, shape.d_model))
