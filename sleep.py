@@ -1280,11 +1280,10 @@ def run_all(name, args, plans, out, make_model=None, draw_N=None):
     for path, (task, cfg, settings) in zip(paths, plans):      # refuse before anything is trained
         if path.with_suffix(".json").exists() and not path.exists():
             raise BadInput(f"{path} is gone, but its .json is not: choose another --out.")
-        *_, run = begin(task, cfg, settings, path, make_model)
+        model, _, run = begin(task, cfg, settings, path, make_model)
         print(f"{path.stem}: {run['parameters']:,} parameters, step {run['steps']} of {args.steps}")
-    task, cfg, _ = plans[0]
     refuse_random_batches(task)
-    precision = "bfloat16 and float32" if cfg.bf16 else "float32"
+    precision = "bfloat16 and float32" if model.cfg.bf16 else "float32"
     compiled = "compiled" if args.compile else "not compiled"
     if torch.device(args.device).type == "cuda" and not args.compile:
         compiled += f" ({why_no_compile(args.device) or 'as asked for'})"

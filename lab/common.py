@@ -24,6 +24,7 @@ TASK_WORDS = {                             # a task, and one case of it, in word
     "trees": ("Roots of three trees", "edge"),
     "swaps": ("Swaps of four items", ""),
     "gsm": ("Word problems", "read"),
+    "facts": ("Facts in plain English", "read"),
     "recall": ("Recall of the first token", ""),
 }
 SETTING_WORDS = {                          # settings that a title names

@@ -3,6 +3,7 @@
     python sleep.py                              a cycle drawn from seed 0
     python sleep.py --seed 7                     another one
     python sleep.py --edges "0>3 3>1 1>2 ..."    your own, in the order in which they are read
+    python sleep.py --trees --checkpoint ...     a sleep that jumps, over three trees
     python sleep.py --checkpoint out/khop-cpu-0102-030405/N3-seed0.pt        your own model
 
 The model that ships, lab/models/khop-N3.pt, was trained with N = 3 passes by
@@ -20,6 +21,7 @@ import torch
 import sleep
 import train_khop
 from lab.common import LAB, parser, program
+from lab.course import demo_trees
 
 SHIPPED = LAB / "models" / "khop-N3.pt"
 
@@ -281,17 +283,29 @@ def main(argv):
     p.prog = "sleep.py"
     p.add_argument("--seed", type=int, default=0, help="of the cycle")
     p.add_argument("--edges", help='a cycle of your own, "0>3 3>1 ...", as it is read')
-    p.add_argument("--checkpoint", type=Path, default=SHIPPED,
-                   help="default: lab/models/khop-N3.pt")
+    p.add_argument("--trees", nargs="?", const="random", choices=demo_trees.ORDERS,
+                   help="three trees in the place of a cycle, with their edges in this order "
+                        "(random; parents or children first)")
+    p.add_argument("--checkpoint", type=Path,
+                   help="default: lab/models/khop-N3.pt; --trees needs one of its own")
     p.add_argument("--no_color", action="store_true", help="mark right answers by brackets")
     args = p.parse_args(argv)
     torch.set_num_threads(1)               # so small a model is no faster with more
-    model, task = load(args.checkpoint)
+    color = sys.stdout.isatty() and not args.no_color and "NO_COLOR" not in os.environ
+    if args.trees:
+        if args.edges:
+            raise sleep.BadInput("--trees takes no --edges: it draws its own, from --seed.")
+        if args.checkpoint is None:
+            raise sleep.BadInput("--trees needs --checkpoint, a model of lab.experiments.trees: "
+                                 "lab/pages/trees.md has the command.")
+        demo_trees.show(args.checkpoint, args.seed, args.trees,
+                        lambda number: mark(number, color))
+        return
+    model, task = load(args.checkpoint or SHIPPED)
     if args.edges is None:
         edges = draw_edges(args.seed, task.nodes)
     else:
         edges = read_edges(args.edges, task.nodes)
-    color = sys.stdout.isatty() and not args.no_color and "NO_COLOR" not in os.environ
     show(model, task, edges, color)
 
 
