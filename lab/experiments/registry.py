@@ -139,12 +139,12 @@ EXPERIMENTS = {
             "--N 3 --seed 0 1 2": "3 passes",
             "--N 3 --update_rule read_before --seed 0 1 2": "3 passes, read the S before the pass",
             "--N 3 --tell_pass --seed 0 1 2": "3 passes, each knows its number",
-        }, results="khop-fast-weights"),
+        }),
     "k_law": Experiment(
         "hops", "Do questions from a power law teach three passes sooner?", {
             f"{SMALL_CYCLE} --N 3 --seed 0 1 2": "all k as frequent, K grows",
             f"{SMALL_CYCLE} --N 3 --k_law power --deeper 0 --seed 0 1 2": "k with weight k^-1.5",
-        }, results="hops-law"),
+        }),
     "hops": Experiment(
         "hops", "Twenty nodes, up to eight hops: does a sleep learn to double?", {
             "--N 3": "3 passes, all k",
@@ -153,7 +153,7 @@ EXPERIMENTS = {
             "--N 3 --k_law doubles": "3 passes, k = 1, 2, 4, 8",
             "--N 4 --k_law doubles": "4 passes, k = 1, 2, 4, 8",
             "--N 6 --k_law doubles": "6 passes, k = 1, 2, 4, 8",
-        }, results="hops"),
+        }),
     "layouts": Experiment(
         "khop", "Which hybrid, with and without sleep, at the same compute?", {
             "--N 1 --layout aa --eviction sliding --steps 2900":
