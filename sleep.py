@@ -10,13 +10,15 @@ S from pass to pass. Then the window is evicted. Under hard eviction only S rema
 one pass, whatever N is. N = 1 is the plain hybrid of attention and SSM blocks.
 
   name       paper      meaning                                          shape
-  tokens     x, c       B sequences of T; a window is the paper's chunk  (B, T)
+  tokens     x, c       B sequences of T; T is a sequence in forward,    (B, T)
+                        at most a window in sleep, wake and the layers
   targets               what the last M positions are to predict         (B, M)
   h          h          features, one vector of width d per token        (B, T, d)
   q k v      q k v      query, key, value                                (B, H, T, K or V)
   H, K, V               heads; sizes of a key and of a value: both d / H
   P                     tokens that are in the cache already
-  C                     tokens of a piece of the window, in the chunked form of the rule
+  C                     tokens of a piece of the window, in the chunked form of the rule (what
+                        the paper calls a chunk is a window here)
   alpha      alpha_t    the share of S that a token keeps; log_alpha <= 0   (B, H, T)
   beta       beta_t     how strongly a token is written, in (0, 1)       (B, H, T)
   S          S_t        fast weights: S k is close to v                  (B, H, V, K)
@@ -203,7 +205,7 @@ class SleepLM(nn.Module):
     def wake(self, h, memory):
         """One pass over h (B, T, d), the next tokens of a window (Algorithm 1, line 10).
 
-        h are embeddings, as in the first pass of a sleep, and they read an S that later passes wrote.
+        h are embeddings, as in the first pass of a sleep, but the S they read is the last pass's.
         Returns logits (B, T, vocab) and the memory, with these tokens in its cache.
         """
         self.check(h, memory)
@@ -309,7 +311,8 @@ class SleepLM(nn.Module):
         in_the_middle = asleep and memory.n_awake > 0
         if too_long or in_the_middle:
             raise ValueError(f"{T} tokens do not fit into a window of L = {L} after {memory.n_awake} "
-                             "that were read awake: evict first (a sleep begins its window).")
+                             "that were read awake: evict first (a sleep starts at the first token of a "
+                             "window).")
 
 
 def masked_cross_entropy(logits, targets):
@@ -362,7 +365,8 @@ class Block(nn.Module):
 class FastWeights(nn.Module):
     """The mixer of SSM blocks: Gated DeltaNet.
 
-    It has a short convolution after each of q, k and v; here there is one before all, in Block.
+    The original has a short convolution after each of q, k and v; here one stands before all three,
+    in Block.
     """
 
     def __init__(self, cfg, gated=True, delta=True):
@@ -391,7 +395,7 @@ class FastWeights(nn.Module):
 
     def write_and_read(self, x, q, k, v, S):
         """The gates and the rule: x (B, T, d) -> o (B, H, T, V), the new S. All in S's precision."""
-        ab = F.linear(x, self.ab.weight.to(x.dtype))
+        ab = F.linear(x, self.ab.weight.to(x.dtype))           # self.ab(x), in S's precision
         a, b = ab.transpose(1, 2).chunk(2, 1)                  # (B, H, T) each
         beta = b.sigmoid()
         if self.gated:
@@ -409,15 +413,15 @@ class FastWeights(nn.Module):
         k = split_heads(F.silu(self.k(x)), self.H)
         v = split_heads(F.silu(self.v(x)), self.H)
         with torch.autocast(x.device.type, enabled=False):     # S's precision, float32, from here on
-            # For keys of length 1, I - beta k k^T lengthens no vector.
+            # For keys of unit norm, I - beta k k^T lengthens no vector.
             q = F.normalize(q.to(S.dtype), dim=-1)
             k = F.normalize(k.to(S.dtype), dim=-1)
             o, S = self.write_and_read(x.to(S.dtype), q, k, v.to(S.dtype), S)
             # self.norm, with its weight in S's precision.
             o = F.rms_norm(o, self.norm.normalized_shape, self.norm.weight.to(o.dtype), self.norm.eps)
             o = o.transpose(1, 2).flatten(2)                   # (B, T, d)
-        gated = o * F.silu(self.z(x))
-        return self.o(gated.to(x.dtype)), S
+        o = o * F.silu(self.z(x))                              # output gate
+        return self.o(o.to(x.dtype)), S
 
 
 UPDATE_RULES = {                           # your own: a subclass of FastWeights, and its name in here
@@ -681,7 +685,7 @@ def check_rule(q, k, v, log_alpha, beta, S):
         raise ValueError("log_alpha must be <= 0: alpha is a share of S, at most 1.")
 
 
-# The method ends here. What follows trains it. ---------------------------------------------------
+# The method ends here. What follows trains it, and only that needs these imports. ----------------
 import argparse
 import contextlib
 import errno
@@ -816,6 +820,7 @@ class Muon(torch.optim.Optimizer):
     The same step as torch.optim.Muon's, in float32, as bfloat16 is slow on a CPU, and with all
     matrices of one shape at once.
     """
+    momentum = 0.95
 
     @torch.no_grad()
     def step(self):
@@ -827,8 +832,8 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), matrices in by_shape.items():
                 grads = [p.grad for p in matrices]
                 means = [self.state[p].setdefault("mean", torch.zeros_like(p)) for p in matrices]
-                torch._foreach_lerp_(means, grads, 0.05)
-                X = torch.stack(torch._foreach_lerp(grads, means, 0.95))   # Nesterov's momentum
+                torch._foreach_lerp_(means, grads, 1 - self.momentum)
+                X = torch.stack(torch._foreach_lerp(grads, means, self.momentum))      # Nesterov's
                 if rows > columns:
                     X = X.mT                                               # (n, short, long)
                 X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -1244,7 +1249,10 @@ def main(doc, presets, flags, Task, argv=None, make_model=None, draw_N=None):
             if e.errno not in (errno.EPIPE, errno.ENOSPC):     # as by `| head`, or by a full disk
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"stopped. To go on: the same command with --resume --out {out}", file=sys.stderr)
+        to_go_on = "Nothing was saved."                        # before it had a folder
+        if out is not None:
+            to_go_on = f"To go on: the same command with --resume --out {out}"
+        print(f"stopped. {to_go_on}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -1283,7 +1291,7 @@ def run_all(name, args, plans, out, make_model=None, draw_N=None):
         model, _, run = begin(task, cfg, settings, path, make_model)
         print(f"{path.stem}: {run['parameters']:,} parameters, step {run['steps']} of {args.steps}")
     refuse_random_batches(task)
-    precision = "bfloat16 and float32" if model.cfg.bf16 else "float32"
+    precision = "bfloat16 and float32" if model.cfg.bf16 else "float32"    # that of all models
     compiled = "compiled" if args.compile else "not compiled"
     if torch.device(args.device).type == "cuda" and not args.compile:
         compiled += f" ({why_no_compile(args.device) or 'as asked for'})"
@@ -1324,13 +1332,14 @@ def refuse_random_batches(task):
 
 # ------------------------------------------------------------------------------------------------
 # CUDA graphs. They help where a step has thousands of small kernels, as in the cpu presets, and
-# Python cannot launch them as fast as the GPU runs them. The numbers are the same.
+# Python cannot launch them as fast as the GPU runs them. The numbers should be the same; no GPU has
+# run this yet.
 
 class CudaGraphs:
     """Records step(tokens, targets, asleep, N) -> loss once for each kind of batch, then replays it.
 
     The loss is a buffer that the next call overwrites, and p.grad are buffers, too. BadInput if a
-    step cannot be recorded: if it is random, if it looks at its own numbers, or lacks memory.
+    step cannot be recorded: it is random, or it looks at its own numbers.
     """
 
     def __init__(self, model, step):

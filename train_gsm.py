@@ -1,11 +1,12 @@
 """Word problems in the spirit of GSM-Infinite (Sections 6.3 and 6.4, Figures 4 and 5)
 
 A question, then a text of shuffled sentences that each define one quantity, all modulo p.
-Every quantity looks alike, few matter. The question is evicted first, then most of the text. The
-answer is one number, said in one pass, without a chain of thought. With p = 5:
+Every quantity looks alike, few matter. Question and text are evicted before the answer (in the
+larger presets all of it but what shares a window with the answer). The answer is one number, said
+in one pass, without a chain of thought. With p = 5:
 
     duvi ? keba 4 plus numo . numo 3 . duvi keba minus sape . rilo numo minus sape . sape 1 .
-    answer duvi            1: `numo` is 3, `keba` is 4 + 3 = 2, `sape` is 1, `duvi` is 2 - 1
+    answer duvi  ->  1, because `numo` is 3, `keba` is 4 + 3 = 2, `sape` is 1, `duvi` is 2 - 1
 
 The depth of a question is its longest chain of reads: 1 if a sentence tells the number, else 1 more
 than that of the deepest quantity in its sentence. Here it is 3.
@@ -16,7 +17,8 @@ than that of the deepest quantity in its sentence. Here it is 3.
 
 Our choice: how problems are made. The paper takes GSM-Infinite's. Ours are forward problems only;
 GSM-Infinite also has reverse ones, which hide a constant and tell a result. A training text asks
-for several quantities, a test text for one. Every training step draws new problems.
+for several quantities, and later questions see the earlier answers; a test text asks for one. Every
+training step draws new problems.
 """
 import random
 import textwrap
@@ -33,11 +35,12 @@ PRESETS = {
                 deeper=0.4, layout="as", d_model=64, n_head=2, steps=1600, batch_size=64,
                 lr_muon=7e-3, lr_adamw=3e-3, cooldown=0.15, eval_every=200),
     "gpu": dict(N=[1, 2, 4], reads=8, questions=8, T=[160, 192, 224, 256], L=128, p=11, names=200,
-                tests=4000, deeper=0.4, layout="asas", d_model=256, n_head=4, steps=8000, batch_size=128,
-                lr_muon=2e-3, lr_adamw=1e-3, cooldown=0.1, eval_every=400),
+                tests=4000, deeper=0.4, layout="asas", d_model=256, n_head=4, steps=8000,
+                batch_size=128, lr_muon=2e-3, lr_adamw=1e-3, cooldown=0.1, eval_every=400),
     "paper": dict(N=[1, 4], reads=8, questions=8, T=[2000, 2400, 2800, 3200], L=2000, p=11,
-                  names=2000, tests=2000, deeper=0.4, layout="as" * 5, d_model=512, n_head=8, steps=4687,
-                  batch_size=256, lr_muon=1e-3, lr_adamw=5e-4, eval_every=500, conv="s"),
+                  names=2000, tests=2000, deeper=0.4, layout="as" * 5, d_model=512, n_head=8,
+                  steps=4687, batch_size=256, lr_muon=1e-3, lr_adamw=5e-4, eval_every=500,
+                  conv="s"),
 }
 FLAGS = dict(
     reads="the longest chain of reads that a question needs",
@@ -71,9 +74,9 @@ class Quantity(NamedTuple):
 def define(s, name, depth, by_depth, rng):
     """A new quantity of this depth. by_depth[d]: the quantities of depth d so far, a list.
 
-    It reads one quantity y of the depth before, and perhaps another one, z. y and z depend on
-    different constants. So nothing cancels out, as it does in `x minus x`: every constant that a
-    quantity depends on changes it, and a quantity is uniform modulo p.
+    It is a copy of y, a quantity of the depth before, or y plus or minus another one, z. If y and z
+    share a constant, a number takes the place of z. So nothing cancels out, as it does in
+    `x minus x`: every constant that a quantity depends on changes it, and it is uniform modulo p.
     """
     if depth == 1:
         c = rng.randrange(s.p)
@@ -84,10 +87,9 @@ def define(s, name, depth, by_depth, rng):
     if form == END:                                            # a copy
         return Quantity([name, y.sentence[0], END], y.value, y.constants)
     c = rng.randrange(1, s.p)
-    x = Quantity([ZERO + c], c, frozenset())                   # a number
-    if y.constants.isdisjoint(z.constants):
-        x = z
-    a, b = rng.sample((x, y), 2)
+    number = Quantity([ZERO + c], c, frozenset())
+    other = z if y.constants.isdisjoint(z.constants) else number
+    a, b = rng.sample((other, y), 2)
     value = a.value + b.value if form == PLUS else a.value - b.value
     said = [a.sentence[0], form, b.sentence[0]]
     return Quantity([name, *said, END], value % s.p, a.constants | b.constants)
@@ -162,7 +164,7 @@ class Problems:
         if args.L > min(args.T):
             raise sleep.BadInput(f"--L {args.L} must be at most the {min(args.T)} tokens before "
                                  "the answers: a longer window is never full.")
-        for deepest in range(1, args.reads + 1):               # make_text has no depth too few of
+        for deepest in range(1, args.reads + 1):   # so that make_text has enough of every depth
             of_a_depth = -(-args.questions // deepest)         # rounded up
             names = of_a_depth * deepest
             T = of_a_depth * (SHORTEST + LONGEST * (deepest - 1)) + args.questions + 1
@@ -189,8 +191,10 @@ class Problems:
             depths.append(row[:args.questions])
         return self.draw(rng.choice(args.T), deepest, depths, rng, test=False)
 
-    def draw(self, T, deepest, depths, rng, test):
-        """A row of depths for each problem -> tokens (B, T), targets (B, answers), depths (B, M).
+    def draw(self, before, deepest, depths, rng, test):
+        """A row of depths for each problem, in `before` tokens and their answers -> a batch.
+
+        tokens (B, before + 3 M - 1), targets (B, 3 M - 1), depths (B, M)
 
         One text in eight is kept for the test, by a hash.
         """
@@ -199,12 +203,12 @@ class Problems:
                           leave=False):
             is_test = None
             while is_test != test:
-                tokens, text = make_problem(self.args, T, deepest, asked, rng)
+                tokens, text = make_problem(self.args, before, deepest, asked, rng)
                 is_test = zlib.crc32(repr(text).encode()) % 8 == 0
             rows.append(tokens)
         tokens = torch.tensor(rows, device=self.args.device)
         depths = torch.tensor(depths, device=self.args.device)
-        targets = tokens[:, T:].clone().unflatten(1, (-1, ANSWER_TOKENS))      # (B, M, 3)
+        targets = tokens[:, before:].clone().unflatten(1, (-1, ANSWER_TOKENS))     # (B, M, 3)
         targets[..., 1] = targets[..., 2]                      # the name says the number
         targets[..., ::2] = -1                                 # the others say nothing
         return tokens[:, :-1], targets.flatten(1)[:, :-1], depths
@@ -222,7 +226,8 @@ class Problems:
     def text(self, tokens):
         """Token ids as words. tokens (n,)"""
         syllables = [c + v for v in "aeiou" for c in "bdfgklmnprstvz"]         # 70
-        names = [syllables[i % 70] + syllables[(i // 70 + 11 * i + 3) % 70]    # all of them differ
+        # All differ: names with one first syllable, one i % 70, have another second one each.
+        names = [syllables[i % 70] + syllables[(i // 70 + 11 * i + 3) % 70]
                  for i in range(self.args.names)]
         words = WORDS + [str(i) for i in range(self.args.p)] + names
         return " ".join(words[i] for i in tokens.tolist() if i != PAD)
