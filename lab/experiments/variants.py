@@ -28,7 +28,8 @@ FLAGS = dict(
     loop="first and stop of the blocks that are looped; if not given, all (Section 6.3)",
     any_N="draw N anew for every training step, from 1 to --N",
     grow_N="let N grow from 1 to --N over this first share of the steps")
-OF_SLEEP = ("carry", "think", "detach", "recall", "guess", "every_pass", "tell_pass")   # of ChangedSleep
+# Flags of ChangedSleep.
+OF_SLEEP = ("carry", "think", "detach", "recall", "guess", "every_pass", "tell_pass")
 
 
 def check(args):
