@@ -788,7 +788,7 @@ def test_a_script_refuses_bad_input_in_one_line_with_status_2():
             (train_gsm, "40 --names and --T 161", "--questions 40 --names 40"),
             (train_gsm, "21 --names", "--questions 20 --names 20 --T 200"),
             (train_gsm, "--T 48", "--T 47 --L 47"),
-            (train_gsm, "million tokens", "--tests 100000 --T 3000")):
+            (train_gsm, "--tests 10001 must", "--tests 10001")):
         status, _, err = script(module, flags)
         assert status == 2 and words in err and err.count("\n") == 1, (flags, status, err)
 

@@ -5,20 +5,29 @@ The task is that of train_khop.py with more than 2 K nodes, so that no answer is
     all       every k from 1 to K is as frequent, and K grows at first (--deeper)
     power     k with weight k^-1.5 from the first step on
     doubles   1, 2, 4, 8, ..: each k is twice the one before
+    walk      as many hops as the sleep of this step has passes
+    jump      1, 1, 2, 3, 5, 8, .. hops after 1, 2, 3, 4, 5, 6, .. passes: the Fibonacci numbers
+
+With walk and jump only one k can be asked after a sleep, so that S may overwrite what it knew after
+the pass before. With --grow_N the passes grow during training, and the hops with them. Why those
+numbers: lab/pages/trees.md, "Why does it jump?".
 
     python -m lab.experiments.hops --N 4 --k_law doubles
+    python -m lab.experiments.hops --N 8 --k_law jump --grow_N 0.7 --K 21 --nodes 43 --L 86
 """
 import torch
 
 import sleep
 import train_khop
 from lab.common import program
+from lab.experiments import variants
 
-K_LAWS = ("all", "power", "doubles")
+K_LAWS = ("all", "power", "doubles", "walk", "jump")
 PRESETS = {"cpu": train_khop.PRESETS["cpu"] | dict(N=[4], nodes=20, K=8, queries=20, L=40,
                                                    d_model=96, batch_size=32, steps=2400,
                                                    eval_every=200, k_law="all")}
-FLAGS = train_khop.FLAGS | dict(k_law="the k of training: all, power (k^-1.5) or doubles (1, 2, 4)")
+FLAGS = train_khop.FLAGS | dict(k_law="the k of training: all, power (k^-1.5), doubles (1, 2, 4), "
+                                      "walk (the passes) or jump (their Fibonacci number)")
 
 
 class Hops(train_khop.Cycles):
@@ -28,12 +37,20 @@ class Hops(train_khop.Cycles):
     def __init__(self, args, seed):
         if args.k_law not in K_LAWS:
             raise sleep.BadInput(f"--k_law {args.k_law} must be one of {', '.join(K_LAWS)}.")
+        if args.k_law in ("walk", "jump") and len(args.N) > 1:
+            raise sleep.BadInput(f"--k_law {args.k_law} asks for as many hops as there are passes: "
+                                 "give one --N.")
         self.k_law = args.k_law
+        self.settings = vars(args) | dict(N=args.N[0], seed=seed)
         super().__init__(args, seed)
 
     def draw_k(self, shape, step, g):
         if step < 0 or self.k_law == "all":
             return super().draw_k(shape, step, g)
+        if self.k_law in ("walk", "jump"):
+            N = variants.draw_N(step, self.settings)
+            k = N if self.k_law == "walk" else fibonacci(N)
+            return torch.full(shape, min(k, self.K), device=self.device)
         k = torch.arange(1, self.largest_k(step) + 1, device=self.device)
         weights = k ** -1.5
         if self.k_law == "doubles":
@@ -42,9 +59,18 @@ class Hops(train_khop.Cycles):
         return k[drawn].view(shape)
 
 
+def fibonacci(n):
+    """1, 1, 2, 3, 5, 8, .. for n = 1, 2, 3, 4, 5, 6, .."""
+    before, number = 0, 1
+    for _ in range(n - 1):
+        before, number = number, before + number
+    return number
+
+
 @program
 def main(argv):
-    sleep.main(__doc__, PRESETS, FLAGS, Hops, argv)
+    from lab.experiments.registry import train             # it imports this file
+    train("hops", argv)
 
 
 if __name__ == "__main__":
