@@ -1918,7 +1918,7 @@ def test_a_pass_that_knows_its_number_is_told_it_before_it_begins():
 
 def test_every_law_of_k_draws_what_it_says_and_the_test_has_every_k():
     counts = {}
-    for law in hops.K_LAWS:
+    for law in ("all", "power", "doubles"):
         task = task_of("hops", f"--k_law {law} --deeper 0 --batch_size 5000")
         k = task.hops(task.make_batch(0)[0])
         counts[law] = torch.bincount(k.flatten(), minlength=9)[1:] / k.numel()     # of 100,000
@@ -1930,7 +1930,14 @@ def test_every_law_of_k_draws_what_it_says_and_the_test_has_every_k():
     assert (counts["doubles"][[2, 4, 5, 6]] == 0).all()
     growing = task_of("hops", "--k_law doubles --deeper 1 --steps 100")
     assert growing.hops(growing.make_batch(30)[0]).max() == 2              # 1 + 8 * 0.3 is 3.4
+    by_pass = dict(walk=[1, 2, 3, 4, 5, 6, 7, 8], jump=[1, 1, 2, 3, 5, 8, 8, 8])     # K is 8
+    for law, wanted in by_pass.items():
+        task = task_of("hops", f"--k_law {law} --N 8 --grow_N 1 --steps 100 --batch_size 2")
+        for step in range(0, 100, 9):
+            passes = variants.draw_N(step, dict(N=8, any_N=False, grow_N=1.0, steps=100, seed=0))
+            assert set(task.hops(task.make_batch(step)[0]).flatten().tolist()) == {wanted[passes - 1]}
     is_refused("one of all, power, doubles", hops.main, "--k_law some")
+    is_refused("give one --N", hops.main, "--k_law walk --N 1 2")
 
 
 def test_of_two_parallel_mixers_both_speak_and_only_the_fast_weights_remember():
@@ -2395,6 +2402,29 @@ def test_the_reach_after_a_pass_is_the_deepest_question_with_all_shallower_ones(
     with torch.no_grad():
         for n in (1, 2, 3):
             assert torch.equal(model(tokens, targets, n)[0].argmax(-1), answers[n - 1])
+
+
+def test_pointers_double_their_reach_if_parents_come_first_and_else_add_the_last_two():
+    n = 40                                                     # a path: i points to i - 1, 0 to 0
+    edges = torch.tensor([[i, max(i - 1, 0)] for i in range(n)])
+    asked = torch.arange(n)
+    orders = dict(parents=torch.arange(n), children=torch.arange(n).flip(0),
+                  random=torch.randperm(n, generator=torch.Generator().manual_seed(0)))
+
+    def reaches(order, reads):
+        tokens = torch.cat([edges[orders[order]].flatten(), asked])[None]
+        after_each = reach.pointer_machine(tokens, n, 7, reads)
+        return [(answers[0] == 0).sum().item() - 1 for answers in after_each]      # 0 to its reach
+
+    fibonacci = [1, 1, 2, 3, 5, 8, 13]
+    assert [hops.fibonacci(i) for i in range(1, 8)] == fibonacci
+    assert reaches("parents", "now") == [1, 2, 4, 8, 16, 32, 39]
+    assert reaches("children", "now") == fibonacci
+    assert reaches("children", "first") == [1, 2, 4, 8, 16, 32, 39]
+    for order in orders:
+        assert reaches(order, "before") == fibonacci
+    for slow, between, fast in zip(fibonacci, reaches("random", "now"), [1, 2, 4, 8, 16, 32, 39]):
+        assert slow <= between <= fast
 
 
 def test_programs_that_watch_a_checkpoint_write_numbers_that_agree_with_its_run():

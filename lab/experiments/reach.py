@@ -7,16 +7,16 @@ Checkpoints of lab.experiments.trees. The model sleeps over new trees for up to 
 every pass it is asked for the root of each node. The reach after a pass is the deepest question that it
 answers with 0.9, all shallower ones, too. Also counted: which node is said in the place of the root, how
 many edges up from the node that is asked about. The trees are those of training, or as many nodes in two
-deeper trees, or those of training with their edges sorted by depth. Writes a picture and its numbers.
-The picture also has the models of lab/results/trees.json, which were trained on shallow questions.
+deeper trees, or those of training with their edges sorted by depth. Beside it stands a machine without
+weights that reads the same texts (`pointer_machine`). Writes a picture and its numbers.
 """
 from pathlib import Path
 
 import torch
 
 import sleep
-from lab.common import (RESULTS, check_output, load_runs, mean, parser, picture_of, program,
-                        read_results, write_results)
+from lab.common import (check_output, mean, parser, picture_of, program, read_results,
+                        write_results)
 from lab.experiments import when_to_wake
 from lab.experiments.plots import figure, legend, save_figure
 from lab.experiments.which_node import walk
@@ -24,6 +24,7 @@ from lab.experiments.which_node import walk
 ENOUGH = 0.9
 ROWS = 512                                 # texts of a test
 ZERO_AT = 0.5                              # where a reach of 0 is drawn: the scale is logarithmic
+LAG = 1                                    # passes that models are behind the machine
 TESTS = {                                  # name: (trees, order of their edges)
     "trees as in training": (3, None),
     "two deeper trees": (2, None),
@@ -52,28 +53,73 @@ def answers_after_each_pass(model, tokens, n_passes):
     return torch.stack(answers)
 
 
-def measure(model, task, n_trees, order, n_passes):
-    """Accuracy by pass and depth, and what is said to the deepest questions, by pass and edges up.
+def pointer_machine(tokens, nodes, n_passes, reads="now"):
+    """As answers_after_each_pass, for a machine that makes no errors.
 
-    -> accuracy (n_passes, deepest), said (n_passes, deepest + 2): the last is a node off the way.
+    The token of an edge from a to b has a pointer, b at first. In a pass the tokens take turns. Each
+    writes to S that a points to its pointer, and reads in S where its pointer points to: that is its
+    new pointer. So what is read in a pass is written in the next one.
+
+    reads: "now", S as it is; "before", S as it was before the pass; "first", S as it is, and only then
+    it writes: as two SSM blocks can, the second of which writes what the first one read.
     """
+    B = len(tokens)
+    text = torch.arange(B)
+    edges = tokens[:, :2 * nodes].unflatten(1, (nodes, 2))
+    asked = tokens[:, 2 * nodes:]
+    pointers = edges[..., 1].clone()                           # (B, nodes)
+    S = torch.full((B, nodes), -1)                             # where a node points to; -1: nowhere
+    answers = []
+    for _ in range(n_passes):
+        before = S.clone()
+        for i in range(nodes):
+            node = edges[:, i, 0]
+            if reads != "first":
+                S[text, node] = pointers[:, i]
+            found = (before if reads == "before" else S)[text, pointers[:, i]]
+            pointers[:, i] = torch.where(found >= 0, found, pointers[:, i])
+            if reads == "first":
+                S[text, node] = pointers[:, i]
+        answers.append(S.gather(1, asked))
+    return torch.stack(answers)
+
+
+def machine_of(model):
+    """How the machine reads that has the blocks of the model."""
+    if model.cfg.update_rule == "read_before":
+        return "before"
+    return "first" if model.cfg.layout.count("s") > 1 else "now"
+
+
+def draw_texts(task, n_trees, order):
+    """-> tokens, targets, depths of a test, and the deepest question of it."""
     deepest = task.nodes // n_trees - 1
     g = torch.Generator().manual_seed(10 ** 6)                 # of no training: those are 10^9 seed + step
     tokens, targets, depths = task.draw(ROWS, n_trees, deepest, "random", g)
     if order:
         tokens = when_to_wake.in_order(tokens, depths, order)
-    answers = answers_after_each_pass(model, tokens, n_passes)
-    asked = tokens[:, model.cfg.L:]
+    return tokens, targets, depths, deepest
+
+
+def accuracy_by_depth(answers, targets, depths, deepest):
+    """Answers (n_passes, B, questions) -> (n_passes, deepest)."""
+    right = answers == targets
+    return [[at[depths == d].float().mean().item() for d in range(1, deepest + 1)] for at in right]
+
+
+def edges_up(answers, tokens, depths, deepest, task):
+    """What is said to the deeper half of the questions: shares by pass and edges up.
+
+    -> (n_passes, deepest + 2): the last is a node off the way.
+    """
+    asked = tokens[:, 2 * task.nodes:]
     deep = depths > deepest // 2
-    accuracy = []
     said = []
     for answer in answers:
-        right = (answer == targets).float()
-        accuracy.append([right[depths == d].mean().item() for d in range(1, deepest + 1)])
-        edges_up = walk(tokens, task.nodes, asked, answer)[deep]
-        row = [(edges_up == i).float().mean().item() for i in range(deepest + 1)]
+        up = walk(tokens, task.nodes, asked, answer)[deep]
+        row = [(up == i).float().mean().item() for i in range(deepest + 1)]
         said.append(row + [1 - sum(row)])
-    return accuracy, said
+    return said
 
 
 def measure_all(paths, n_passes):
@@ -86,13 +132,19 @@ def measure_all(paths, n_passes):
         for test, (n_trees, order) in TESTS.items():
             if task.nodes % n_trees:
                 continue
-            accuracy, said = measure(model, task, n_trees, order, n_passes)
+            tokens, targets, depths, deepest = draw_texts(task, n_trees, order)
+            answers = answers_after_each_pass(model, tokens, n_passes)
+            by_machine = pointer_machine(tokens, task.nodes, n_passes, machine_of(model))
             run = dict(test=test, trained_N=model.cfg.N, trained_depth=task.args.depth,
                        seed=task.seed, nodes=task.nodes, order=task.args.order, n_trees=n_trees,
-                       accuracy=accuracy, said=said)
+                       layout=model.cfg.layout, update_rule=model.cfg.update_rule,
+                       accuracy=accuracy_by_depth(answers, targets, depths, deepest),
+                       said=edges_up(answers, tokens, depths, deepest, task),
+                       machine=reach(accuracy_by_depth(by_machine, targets, depths, deepest)))
             runs.append(run)
             print(f"{label(run)}, seed {run['seed']}, {test}: reach after 1, 2, ... passes: "
-                  f"{' '.join(map(str, reach(accuracy)))}")
+                  f"{' '.join(map(str, reach(run['accuracy'])))}; the machine: "
+                  f"{' '.join(map(str, run['machine']))}")
     return runs
 
 
@@ -107,35 +159,29 @@ def reach(accuracy):
     return result
 
 
-def shallow_runs():
-    """The models of the experiment `trees`, on trees of 8 nodes, as runs of this file."""
-    runs = []
-    for run in load_runs(RESULTS / "trees.json"):
-        by_pass = {int(N): list(metrics["accuracy"].values()) for N, metrics in run["N_test"].items()}
-        passes = sorted(by_pass)
-        runs.append(dict(test="trees as in training", trained_N=run["N"], seed=run["seed"],
-                         trained_depth=run["settings"]["depth"], order="random", passes=passes,
-                         accuracy=[by_pass[N] for N in passes]))
-    return runs
-
-
 # ------------------------------------------------------------------------------------------------
 # Drawing
 
 def label(run):
     words = f"trained with N = {run['trained_N']}, depth up to {run['trained_depth']}"
-    return words + (", mixed orders" if run["order"] == "mixed" else "")
+    if run["order"] == "mixed":
+        words += ", mixed orders"
+    if run["update_rule"] == "read_before":
+        words += ", reads the S before the pass"
+    if run["layout"].count("s") > 1:
+        words += f", {run['layout'].count('s')} SSM blocks"
+    return words
 
 
 def draw(runs, path):
     """The reach, pass by pass; and in a second picture which node is said after each pass."""
     kinds = list(dict.fromkeys(label(run) for run in runs))
-    tests = [test for test in list(TESTS)[:3] if any(run["test"] == test for run in runs)]
-    fig, axes = figure(1, len(tests), (4.6 * len(tests), 5.2))
-    for ax, test in zip(axes[0], tests):
+    tests = [test for test in TESTS if any(run["test"] == test for run in runs)]
+    fig, axes = figure(2, 2, (10.5, 9.6))
+    for ax in axes.flat[len(tests):]:
+        ax.remove()
+    for ax, test in zip(axes.flat, tests):
         draw_reach(ax, [run for run in runs if run["test"] == test], kinds, test)
-    for run in shallow_runs():
-        draw_line(axes[0, 0], run, "C3", run["seed"] == 0)
     legend(fig, axes[0, 0], "a line is a model, a dot its reach after a pass")
     save_figure(fig, path)
 
@@ -144,28 +190,27 @@ def draw(runs, path):
     for row, kind in zip(axes, kinds):
         for ax, test in zip(row, orders):
             draw_said(ax, [run for run in runs if label(run) == kind and run["test"] == test], test)
+        row[0].set_ylabel(f"{kind}\npasses of the sleep")
     fig.suptitle("Which node is said to deep questions, pass by pass? mean of the seeds", fontsize=10)
     save_figure(fig, path.with_stem(path.stem + "-said"))
 
 
-def draw_line(ax, run, color, is_named):
-    """The reach of a model, by pass. Seeds are drawn a little apart, so that equal ones can be told."""
-    passes = run.get("passes") or range(1, len(run["accuracy"]) + 1)
-    shifted = [x + 0.12 * (run["seed"] % 3 - 1) for x in passes]
-    depths = [depth or ZERO_AT for depth in reach(run["accuracy"])]
-    words = label(run)
-    if run.get("passes"):
-        words += f", tested to {len(run['accuracy'][0])}"
-    ax.plot(shifted, depths, f"{color}o-", ms=4, lw=1, alpha=0.8, label=words if is_named else None)
-
-
 def draw_reach(ax, runs, kinds, test):
+    """Seeds are drawn a little apart, so that equal ones can be told."""
     deepest = len(runs[0]["accuracy"][0])
     passes = range(1, len(runs[0]["accuracy"]) + 1)
     named = set()
     for run in runs:
-        draw_line(ax, run, f"C{kinds.index(label(run))}", label(run) not in named)
+        color = f"C{kinds.index(label(run))}"
+        words = None if label(run) in named else label(run)
         named.add(label(run))
+        shifted = [x + 0.12 * (run["seed"] % 3 - 1) for x in passes]
+        depths = [depth or ZERO_AT for depth in reach(run["accuracy"])]
+        ax.plot(shifted, depths, f"{color}o-", ms=4, lw=1, alpha=0.8, label=words)
+    for machine in dict.fromkeys(tuple(run["machine"]) for run in runs):
+        later = [n + LAG for n in passes]
+        words = "pointers that make no errors, a pass later"
+        ax.plot(later, machine, color="0.75", lw=6, alpha=0.6, zorder=0, label=words)
     ax.plot(passes, [max(n - 1, 0.5) for n in passes], "k:", lw=1, label="one edge a pass")
     ax.plot(passes, [2.0 ** (n - 3) for n in passes], "k--", lw=1, label="doubling with every pass")
     ax.axhline(deepest, color="0.6", lw=1, label="the deepest question of the test")
@@ -208,7 +253,7 @@ def main(argv):
         out = args.out or picture_of(args.draw)
         check_output(out, ".png")
         runs = read_results(args.draw).get("runs", [])
-        if not runs or any({"test", "trained_N", "accuracy", "said"} - set(run) for run in runs):
+        if not runs or any({"test", "trained_N", "accuracy", "said", "machine"} - set(run) for run in runs):
             raise sleep.BadInput(f"{args.draw} holds no numbers of lab.experiments.reach.")
     else:
         out = args.out or Path("out/reach.png")
