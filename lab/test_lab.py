@@ -2614,10 +2614,17 @@ def test_the_demonstration_of_trees_prints_what_the_model_answers_after_each_pas
                     up = dict(zip(way, range(4))).get(said, 99) - way.index(node)
                     wanted = "." if not 0 <= up <= 3 else f"[{up}]" if said == way[-1] else str(up)
                     assert cell == wanted, (order, N, node, cell, wanted)
-        is_refused("needs --checkpoint", demo.main, ["--trees"])
         is_refused("takes no --edges", demo.main, ["--trees", "--edges", "0>1"])
         is_refused("is no checkpoint of trees", demo.main,
                    ["--trees", "--checkpoint", demo.SHIPPED])
+
+
+def test_the_model_of_trees_that_ships_is_small_and_jumps():
+    assert demo.TREES.stat().st_size <= 500_000
+    text = runs_well(demo.main, ["--trees", "parents"])
+    rows = re.findall(r"after pass \d +(.*?) +(\d+) of 33", text)
+    found = [cells.count("[") for cells, _ in rows]            # roots on a way of 11 edges
+    assert found[:6] == [0, 1, 3, 5, 10, 11] and rows[5][1] == "33"
 
 
 def test_the_interactive_page_works_offline_and_answers_a_click():

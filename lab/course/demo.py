@@ -3,7 +3,7 @@
     python sleep.py                              a cycle drawn from seed 0
     python sleep.py --seed 7                     another one
     python sleep.py --edges "0>3 3>1 1>2 ..."    your own, in the order in which they are read
-    python sleep.py --trees --checkpoint ...     a sleep that jumps, over three trees
+    python sleep.py --trees                      a sleep that jumps, over three trees
     python sleep.py --checkpoint out/khop-cpu-0102-030405/N3-seed0.pt        your own model
 
 The model that ships, lab/models/khop-N3.pt, was trained with N = 3 passes by
@@ -24,6 +24,7 @@ from lab.common import LAB, parser, program
 from lab.course import demo_trees
 
 SHIPPED = LAB / "models" / "khop-N3.pt"
+TREES = LAB / "models" / "trees-N6.pt"
 
 
 class Frame(NamedTuple):
@@ -287,7 +288,7 @@ def main(argv):
                    help="three trees in the place of a cycle, with their edges in this order "
                         "(random; parents or children first)")
     p.add_argument("--checkpoint", type=Path,
-                   help="default: lab/models/khop-N3.pt; --trees needs one of its own")
+                   help="default: lab/models/khop-N3.pt, with --trees trees-N6.pt")
     p.add_argument("--no_color", action="store_true", help="mark right answers by brackets")
     args = p.parse_args(argv)
     torch.set_num_threads(1)               # so small a model is no faster with more
@@ -295,10 +296,7 @@ def main(argv):
     if args.trees:
         if args.edges:
             raise sleep.BadInput("--trees takes no --edges: it draws its own, from --seed.")
-        if args.checkpoint is None:
-            raise sleep.BadInput("--trees needs --checkpoint, a model of lab.experiments.trees: "
-                                 "lab/pages/trees.md has the command.")
-        demo_trees.show(args.checkpoint, args.seed, args.trees,
+        demo_trees.show(args.checkpoint or TREES, args.seed, args.trees,
                         lambda number: mark(number, color))
         return
     model, task = load(args.checkpoint or SHIPPED)

@@ -1,9 +1,11 @@
 """Watch a sleep that jumps: every node of a tree looks for its root, and each pass looks farther.
 
-    python sleep.py --trees --checkpoint out/jump/N6-seed0.pt      edges in random order
-    python sleep.py --trees parents --checkpoint ...               those of parents first
+    python sleep.py --trees                edges in random order
+    python sleep.py --trees parents        those of parents first
+    python sleep.py --trees children       those of children first
 
-No such model ships; lab/pages/trees.md has the command that trains one, half an hour on a CPU.
+The model that ships, lab/models/trees-N6.pt, has six passes and mixed orders in training:
+lab/pages/trees.md, "Mixed orders". Its weights are rounded to float16.
 """
 import torch
 
