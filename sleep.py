@@ -243,7 +243,8 @@ class SleepLM(nn.Module):
         if all(asleep):
             raise ValueError("all targets are negative: nothing is predicted, so there is no loss.")
         first_awake = L * asleep.index(False)
-        context = T - M if M < T else silent.index(False)                  # tokens before the answers
+        # Tokens before the answers. If M = T, the targets cover the context, too.
+        context = T - M if M < T else silent.index(False)
         if first_awake < context:
             warnings.warn(f"{context - first_awake} tokens of context share a window of L = {L} with "
                           "an answer: the model does not sleep over them. If it should, fill whole "
@@ -386,7 +387,8 @@ class FastWeights(nn.Module):
         # of S is left after log 2 / softplus(dt_bias) tokens: the half-life of a head.
         # Our choice: half-lives log-spaced over the heads, from max(N, 4) * T tokens down to 4 (one
         # head has the longest). A sleep writes every token N times, so S has to outlast N * T
-        # writes: this is why the model must know T. Models of N = 1 to 4 start alike.
+        # writes: this is why the model must know T. At least 4, so that models of N = 1 to 4, which
+        # are compared, start alike.
         longest = max(cfg.N, 4) * cfg.T
         half_life = torch.logspace(math.log10(longest), math.log10(4), H)
         self.dt_bias = nn.Parameter(torch.log(torch.expm1(math.log(2) / half_life)))
@@ -994,12 +996,12 @@ def why_no_compile(device):
 
 def has_compiler(kind):
     """Triton, on a GPU, compiles C; on a CPU torch.compile needs C++."""
-    if kind == "cuda":
+    if os.name == "nt":
+        names = ["cl"]
+    elif kind == "cuda":
         names = ["gcc", "clang", os.environ.get("CC")]
     else:
         names = ["g++", "clang++", os.environ.get("CXX")]
-    if os.name == "nt":
-        names = ["cl"]
     return any(name and shutil.which(name) for name in names)
 
 
@@ -1272,7 +1274,8 @@ def make_folder(args, name):
         return args.out
     out = args.out or Path("out") / time.strftime(f"{name}-{args.preset}-%m%d-%H%M%S")
     try:
-        if not (out.is_dir() and not any(out.iterdir())):      # an empty folder is as good as none
+        is_empty_folder = out.is_dir() and not any(out.iterdir())
+        if not is_empty_folder:
             out.mkdir(parents=True)                            # of two processes one makes it
     except OSError as e:
         raise BadInput(f"{out} cannot be made ({e.strerror}): add --resume to go on with what is in "

@@ -1,9 +1,9 @@
 """Word problems in the spirit of GSM-Infinite (Sections 6.3 and 6.4, Figures 4 and 5)
 
 A question, then a text of shuffled sentences that each define one quantity, all modulo p.
-Every quantity looks alike, few matter. Question and text are evicted before the answer (in the
-larger presets all of it but what shares a window with the answer). The answer is one number, said
-in one pass, without a chain of thought. With p = 5:
+Every quantity looks alike, few matter. Question and text are evicted before the answer. (In the
+larger presets, as in the paper, T is no multiple of L: what does not fill a window stays in view.)
+The answer is one number, said in one pass, without a chain of thought. With p = 5:
 
     duvi ? keba 4 plus numo . numo 3 . duvi keba minus sape . rilo numo minus sape . sape 1 .
     answer duvi  ->  1, because `numo` is 3, `keba` is 4 + 3 = 2, `sape` is 1, `duvi` is 2 - 1
@@ -19,6 +19,7 @@ Our choice: how problems are made. The paper takes GSM-Infinite's, which also ha
 they hide a constant and tell a result. A training text asks for several quantities, and later
 questions see the earlier answers; a test text asks for one.
 """
+import math
 import random
 import textwrap
 import zlib
@@ -163,8 +164,10 @@ class Problems:
         if args.L > min(args.T):
             raise sleep.BadInput(f"--L {args.L} must be at most the {min(args.T)} tokens before "
                                  "the answers: a longer window is never full.")
-        for deepest in range(1, args.reads + 1):   # so that make_text has enough of every depth
-            of_a_depth = -(-args.questions // deepest)         # rounded up
+        # All questions of a text differ: it needs so many quantities of every depth, whatever the
+        # deepest of a step is.
+        for deepest in range(1, args.reads + 1):
+            of_a_depth = math.ceil(args.questions / deepest)
             names = of_a_depth * deepest
             T = of_a_depth * (SHORTEST + LONGEST * (deepest - 1)) + args.questions + 1
             if min(args.T) < T or args.names < names:
@@ -204,8 +207,8 @@ class Problems:
         tokens = torch.tensor(rows, device=self.args.device)
         depths = torch.tensor(depths, device=self.args.device)
         targets = tokens[:, before:].clone().unflatten(1, (-1, ANSWER_TOKENS))     # (B, M, 3)
-        targets[..., 1] = targets[..., 2]                      # the name says the number
-        targets[..., ::2] = -1                                 # the others say nothing
+        targets[..., 1] = targets[..., 2]          # the number is predicted where the name is read
+        targets[..., ::2] = -1                                 # elsewhere nothing is
         return tokens[:, :-1], targets.flatten(1)[:, :-1], depths
 
     def score(self, tokens, targets, logits, depths):
