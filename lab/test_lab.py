@@ -1936,6 +1936,7 @@ def test_every_law_of_k_draws_what_it_says_and_the_test_has_every_k():
         for step in range(0, 100, 9):
             passes = variants.draw_N(step, dict(N=8, any_N=False, grow_N=1.0, steps=100, seed=0))
             assert set(task.hops(task.make_batch(step)[0]).flatten().tolist()) == {wanted[passes - 1]}
+        assert set(task.hops(task.test[0]).flatten().tolist()) == set(wanted) == set(task.test_k)
     is_refused("one of all, power, doubles", hops.main, "--k_law some")
     is_refused("give one --N", hops.main, "--k_law walk --N 1 2")
 

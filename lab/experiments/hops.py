@@ -43,14 +43,21 @@ class Hops(train_khop.Cycles):
         self.k_law = args.k_law
         self.settings = vars(args) | dict(N=args.N[0], seed=seed)
         super().__init__(args, seed)
+        if args.k_law in ("walk", "jump"):                     # the test asks what training asks
+            self.test_k = sorted({self.k_after(N) for N in range(1, args.N[0] + 1)})
+            self.test = self.make_batch(-1)
+            self.chance = self.best_guess()
+
+    def k_after(self, N):
+        """The hops that are asked after N passes."""
+        return min(N if self.k_law == "walk" else fibonacci(N), self.K)
 
     def draw_k(self, shape, step, g):
         if step < 0 or self.k_law == "all":
             return super().draw_k(shape, step, g)
         if self.k_law in ("walk", "jump"):
-            N = variants.draw_N(step, self.settings)
-            k = N if self.k_law == "walk" else fibonacci(N)
-            return torch.full(shape, min(k, self.K), device=self.device)
+            k = self.k_after(variants.draw_N(step, self.settings))
+            return torch.full(shape, k, device=self.device)
         k = torch.arange(1, self.largest_k(step) + 1, device=self.device)
         weights = k ** -1.5
         if self.k_law == "doubles":
