@@ -2405,6 +2405,20 @@ def test_the_reach_after_a_pass_is_the_deepest_question_with_all_shallower_ones(
             assert torch.equal(model(tokens, targets, n)[0].argmax(-1), answers[n - 1])
 
 
+def test_near_attention_sees_the_last_tokens_only_and_is_undone():
+    q, k, v = torch.randn(3, 2, 1, 6, 4, generator=torch.Generator().manual_seed(0))
+    full = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    with reach.near_attention(1):
+        close(F.scaled_dot_product_attention(q, k, v, is_causal=True), v, 1e-6)
+    with reach.near_attention(6):
+        close(F.scaled_dot_product_attention(q, k, v, is_causal=True), full, 1e-6)
+    with reach.near_attention(2):
+        near = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    last_two = F.scaled_dot_product_attention(q[:, :, 5:], k[:, :, 4:], v[:, :, 4:])
+    close(near[:, :, 5:], last_two, 1e-6)
+    assert torch.equal(F.scaled_dot_product_attention(q, k, v, is_causal=True), full)
+
+
 def test_pointers_double_their_reach_if_parents_come_first_and_else_add_the_last_two():
     n = 40                                                     # a path: i points to i - 1, 0 to 0
     edges = torch.tensor([[i, max(i - 1, 0)] for i in range(n)])
@@ -2473,6 +2487,7 @@ def test_programs_that_watch_a_checkpoint_write_numbers_that_agree_with_its_run(
                 ("another test", which_node.main, "a/N2-seed0.pt k5/N2-seed0.pt"),
                 ("holds no numbers", which_node.main, "--draw r.json"),
                 ("no checkpoint of trees", reach.main, "a/N2-seed0.pt"),
+                ("0 (all tokens) or more", reach.main, "t/N2-seed0.pt --near -1"),
                 ("holds no numbers", reach.main, "--draw w.json")):
             is_refused(words, main, command)
 

@@ -1,6 +1,7 @@
 """How deep a question does a sleep answer, pass by pass? Does a pass add an edge, or double the reach?
 
     python -m lab.experiments.reach out/experiments/trees*/N6-seed?.pt --out reach.png
+    python -m lab.experiments.reach out/mixed/N6-seed0.pt --near 8        attention looks back 8 tokens only
     python -m lab.experiments.reach --draw lab/results/trees-reach-by-pass.json         draw it again
 
 Checkpoints of lab.experiments.trees. The model sleeps over new trees for up to --passes passes. After
@@ -10,9 +11,11 @@ many edges up from the node that is asked about. The trees are those of training
 deeper trees, or those of training with their edges sorted by depth. Beside it stands a machine without
 weights that reads the same texts (`pointer_machine`). Writes a picture and its numbers.
 """
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import sleep
 from lab.common import (check_output, mean, parser, picture_of, program, read_results,
@@ -51,6 +54,26 @@ def answers_after_each_pass(model, tokens, n_passes):
         logits, _ = model.wake(questions, memory)
         answers.append(logits.argmax(-1))
     return torch.stack(answers)
+
+
+@contextmanager
+def near_attention(near):
+    """While it is open, attention within a window sees the last `near` tokens only. 0: all of them."""
+    full_attention = F.scaled_dot_product_attention
+
+    def attention(q, k, v, **options):
+        T = q.shape[2]
+        if k.shape[2] > T:                                     # tokens of an earlier window, too
+            return full_attention(q, k, v, **options)
+        distance = torch.arange(T)[:, None] - torch.arange(T)
+        return full_attention(q, k, v, attn_mask=(distance >= 0) & (distance < near))
+
+    if near:
+        F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = full_attention
 
 
 def pointer_machine(tokens, nodes, n_passes, reads="now"):
@@ -122,7 +145,7 @@ def edges_up(answers, tokens, depths, deepest, task):
     return said
 
 
-def measure_all(paths, n_passes):
+def measure_all(paths, n_passes, near=0):
     """A run for each checkpoint and test."""
     runs = []
     for path in dict.fromkeys(path.resolve() for path in paths):
@@ -133,11 +156,12 @@ def measure_all(paths, n_passes):
             if task.nodes % n_trees:
                 continue
             tokens, targets, depths, deepest = draw_texts(task, n_trees, order)
-            answers = answers_after_each_pass(model, tokens, n_passes)
+            with near_attention(near):
+                answers = answers_after_each_pass(model, tokens, n_passes)
             by_machine = pointer_machine(tokens, task.nodes, n_passes, machine_of(model))
             run = dict(test=test, trained_N=model.cfg.N, trained_depth=task.args.depth,
                        seed=task.seed, nodes=task.nodes, order=task.args.order, n_trees=n_trees,
-                       layout=model.cfg.layout, update_rule=model.cfg.update_rule,
+                       layout=model.cfg.layout, update_rule=model.cfg.update_rule, near=near,
                        accuracy=accuracy_by_depth(answers, targets, depths, deepest),
                        said=edges_up(answers, tokens, depths, deepest, task),
                        machine=reach(accuracy_by_depth(by_machine, targets, depths, deepest)))
@@ -170,6 +194,10 @@ def label(run):
         words += ", reads the S before the pass"
     if run["layout"].count("s") > 1:
         words += f", {run['layout'].count('s')} SSM blocks"
+    if "a" not in run["layout"]:
+        words += ", no attention"
+    if run["near"]:
+        words += f", attention sees {run['near']} tokens"
     return words
 
 
@@ -246,6 +274,7 @@ def main(argv):
     p = parser(__doc__)
     p.add_argument("checkpoint", type=Path, nargs="*")
     p.add_argument("--passes", type=int, default=16, help="most passes of a sleep (default: 16)")
+    p.add_argument("--near", type=int, default=0, help="tokens that attention sees at the test; 0: all")
     p.add_argument("--out", type=Path, help="the picture; default: out/reach.png")
     p.add_argument("--draw", type=Path, metavar="FILE", help="draw a file of numbers; nothing is measured")
     args = p.parse_args(argv)
@@ -261,8 +290,10 @@ def main(argv):
             raise sleep.BadInput("name at least one checkpoint, or --draw and a file of numbers.")
         if not 1 <= args.passes <= 1000:
             raise sleep.BadInput(f"--passes {args.passes} must be from 1 to 1,000.")
+        if args.near < 0:
+            raise sleep.BadInput(f"--near {args.near} must be 0 (all tokens) or more.")
         check_output(out, ".png")
-        runs = measure_all(args.checkpoint, args.passes)
+        runs = measure_all(args.checkpoint, args.passes, args.near)
         write_results(out.with_suffix(".json"), dict(runs=runs))
     draw(runs, out)
     print(f"saved: {out}")
