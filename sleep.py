@@ -724,7 +724,8 @@ class BadInput(ValueError):
 
 
 # ------------------------------------------------------------------------------------------------
-# Training one model
+# Training one model. What a training step is: train, set_phase, Muon, make_gradients, evaluate. All
+# that comes after them keeps files, reads the command line, and says what is wrong.
 
 def train(task, cfg, settings, path, make_model=None, draw_N=None):
     """Train one model -> the model, its optimizers, and its run, a dict (see lab/pages/files.md).
@@ -1148,10 +1149,20 @@ FLAGS = dict(
     recompute="save memory: of a pass keep h and S, repeat it for the gradient (checkpointing)",
     N_test="test with these N, too; 0: windows are evicted unread")
 MODEL_FLAGS = ("L", "N", "layout", "d_model", "n_head", "eviction", "update_rule", "conv")
-LIMITS = dict(N=(1, 1000), N_test=(0, 1000), L=(1, 10 ** 6), seed=(0, 10 ** 6), steps=(1, 10 ** 9),
-              eval_every=(1, 10 ** 9), batch_size=(1, 10 ** 6), d_model=(1, 10 ** 5),
-              n_head=(1, 10 ** 5), warmup=(0, 10 ** 9), cooldown=(0, 1), lr_muon=(1e-9, 1e3),
-              lr_adamw=(1e-9, 1e3))
+LIMITS = dict(
+    N=(1, 1000),
+    N_test=(0, 1000),
+    seed=(0, 10 ** 6),
+    L=(1, 10 ** 6),
+    d_model=(1, 10 ** 5),
+    n_head=(1, 10 ** 5),
+    steps=(1, 10 ** 9),
+    eval_every=(1, 10 ** 9),
+    batch_size=(1, 10 ** 6),
+    warmup=(0, 10 ** 9),
+    cooldown=(0, 1),
+    lr_muon=(1e-9, 1e3),
+    lr_adamw=(1e-9, 1e3))
 
 
 def parse(doc, presets, flags, argv=None):
@@ -1246,16 +1257,22 @@ def main(doc, presets, flags, Task, argv=None, make_model=None, draw_N=None):
         p.error(e)
     except torch.OutOfMemoryError:
         p.error("there is not enough memory on this GPU: try --recompute or a smaller --batch_size.")
-    except (KeyboardInterrupt, OSError) as e:
-        if isinstance(e, OSError):
-            if e.errno not in (errno.EPIPE, errno.ENOSPC):     # as by `| head`, or by a full disk
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        to_go_on = "Nothing was saved."                        # before it had a folder
-        if out is not None:
-            to_go_on = f"To go on: the same command with --resume --out {out}"
-        print(f"stopped. {to_go_on}", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt:
+        stop(out)
+    except OSError as e:
+        if e.errno not in (errno.EPIPE, errno.ENOSPC):         # as by `| head`, or by a full disk
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stop(out)
+
+
+def stop(out):
+    """Say how to go on, and exit. out: the folder of the results; None before there is one."""
+    to_go_on = "Nothing was saved."
+    if out is not None:
+        to_go_on = f"To go on: the same command with --resume --out {out}"
+    print(f"stopped. {to_go_on}", file=sys.stderr)
+    sys.exit(130)
 
 
 def make_folder(args, name):
@@ -1285,22 +1302,17 @@ def make_folder(args, name):
 
 def run_all(name, args, plans, out, make_model=None, draw_N=None):
     """Train the models that are not finished, then print all of them."""
-    flags = ", ".join(f"{flag} {value}" for flag, value in sorted(vars(args).items()))
-    print(textwrap.fill(f"{name}: {flags}", 99))
+    flags = [f"{flag} {value}" for flag, value in sorted(vars(args).items())]
+    print(textwrap.fill(f"{name}: {', '.join(flags)}", 99))
     paths = [out / f"N{settings['N']}-seed{settings['seed']}.pt" for _, _, settings in plans]
     for path, (task, cfg, settings) in zip(paths, plans):      # refuse before anything is trained
         if path.with_suffix(".json").exists() and not path.exists():
             raise BadInput(f"{path} is gone, but its .json is not: choose another --out.")
         model, _, run = begin(task, cfg, settings, path, make_model)
         print(f"{path.stem}: {run['parameters']:,} parameters, step {run['steps']} of {args.steps}")
+    # The last one stands for all of them: they differ in N and seed alone.
     refuse_random_batches(task)
-    precision = "bfloat16 and float32" if model.cfg.bf16 else "float32"    # that of all models
-    compiled = "compiled" if args.compile else "not compiled"
-    if torch.device(args.device).type == "cuda" and not args.compile:
-        compiled += f" ({why_no_compile(args.device) or 'as asked for'})"
-    print(f"{run['device']}, {precision}, {compiled}, torch {torch.__version__}")
-    if args.preset != "cpu" and args.device == "cpu":
-        print(f"--preset {args.preset} is meant for a GPU: on this CPU it may take days.")
+    say_machine(args, model, run)
     if hasattr(task, "show"):
         print(task.show(*(x[0] for x in task.test[:2])))
     print(f"chance (the best constant guess): {format_metrics(plain_numbers(task.chance))}")
@@ -1317,12 +1329,26 @@ def run_all(name, args, plans, out, make_model=None, draw_N=None):
             save(path, model, optimizers, run)
         runs.append(run)
     for run in runs:
-        metrics = {metric: run[metric] for metric in run["chance"]}
-        print(f"N {run['N']} seed {run['seed']} | {run['tokens'] / 1e6:.1f}M tokens | "
-              f"{run['seconds']:.0f} s | {format_metrics(metrics)}")
-        for N, metrics in run.get("N_test", {}).items():
-            print(f"  tested with N = {N}: {format_metrics(metrics)}")
+        say_result(run)
     print(f"saved in {out}; to draw it: python -m lab.tools.draw_runs {out}")
+
+
+def say_machine(args, model, run):
+    precision = "bfloat16 and float32" if model.cfg.bf16 else "float32"
+    compiled = "compiled" if args.compile else "not compiled"
+    if torch.device(args.device).type == "cuda" and not args.compile:
+        compiled += f" ({why_no_compile(args.device) or 'as asked for'})"
+    print(f"{run['device']}, {precision}, {compiled}, torch {torch.__version__}")
+    if args.preset != "cpu" and args.device == "cpu":
+        print(f"--preset {args.preset} is meant for a GPU: on this CPU it may take days.")
+
+
+def say_result(run):
+    metrics = {metric: run[metric] for metric in run["chance"]}
+    print(f"N {run['N']} seed {run['seed']} | {run['tokens'] / 1e6:.1f}M tokens | "
+          f"{run['seconds']:.0f} s | {format_metrics(metrics)}")
+    for N, metrics in run.get("N_test", {}).items():
+        print(f"  tested with N = {N}: {format_metrics(metrics)}")
 
 
 def refuse_random_batches(task):
