@@ -1,9 +1,9 @@
 """Word problems in the spirit of GSM-Infinite (Sections 6.3 and 6.4, Figures 4 and 5)
 
 A question, then a text of shuffled sentences that each define one quantity, all modulo p.
-Every quantity looks alike, few matter. Question and text are evicted before the answer. (In the
-larger presets, as in the paper, T is no multiple of L: what does not fill a window stays in view.)
-The answer is one number, said in one pass, without a chain of thought. With p = 5:
+Every quantity looks alike, few matter. Question and text are evicted before the answer (in the
+preset `paper` what goes beyond its window of 2,000 tokens stays in view, as in the paper). The
+answer is one number, said in one pass, without a chain of thought. With p = 5:
 
     duvi ? keba 4 plus numo . numo 3 . duvi keba minus sape . rilo numo minus sape . sape 1 .
     answer duvi  ->  1, because `numo` is 3, `keba` is 4 + 3 = 2, `sape` is 1, `duvi` is 2 - 1
@@ -34,7 +34,7 @@ PRESETS = {
     "cpu": dict(N=[1, 3], reads=4, questions=8, T=[52], L=52, p=5, names=20, tests=2000,
                 deeper=0.4, layout="as", d_model=64, n_head=2, steps=1600, batch_size=64,
                 lr_muon=7e-3, lr_adamw=3e-3, cooldown=0.15, eval_every=200),
-    "gpu": dict(N=[1, 2, 4], reads=8, questions=8, T=[160, 192, 224, 256], L=128, p=11, names=200,
+    "gpu": dict(N=[1, 2, 4], reads=8, questions=8, T=[128, 256], L=128, p=11, names=200,
                 tests=4000, deeper=0.4, layout="asas", d_model=256, n_head=4, steps=8000,
                 batch_size=128, lr_muon=2e-3, lr_adamw=1e-3, cooldown=0.1, eval_every=400),
     "paper": dict(N=[1, 4], reads=8, questions=8, T=[2000, 2400, 2800, 3200], L=2000, p=11,
