@@ -157,11 +157,11 @@ EXPERIMENTS = {
         }),
     "far": Experiment(
         "hops", "How far does a sleep get, if only its last pass is asked?", {
-            f"{ONE_A_PASS} --nodes 43 --K 21 --queries 43 --L 86 --N 8 --k_law jump "
+            f"{ONE_A_PASS} --nodes 43 --K 21 --queries 43 --L 86 --N 8 --k_law jump --layout s "
             "--update_rule read_before": "8 passes, the hops of two passes added (Fibonacci)",
             f"{ONE_A_PASS} --nodes 33 --K 16 --queries 33 --L 66 --N 16 --k_law walk "
             "--batch_size 16": "16 passes, a hop a pass",
-        }, N_test=(1, 2, 3, 4, 5, 6, 7, 8, 12, 16)),
+        }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 7, 8, 12, 16)),
     "layouts": Experiment(
         "khop", "Which hybrid, with and without sleep, at the same compute?", {
             "--N 1 --layout aa --eviction sliding --steps 2900":
