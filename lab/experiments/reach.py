@@ -192,8 +192,8 @@ def label(run):
         words += ", mixed orders"
     if run["update_rule"] == "read_before":
         words += ", reads the S before the pass"
-    if run["layout"].count("s") > 1:
-        words += f", {run['layout'].count('s')} SSM blocks"
+    n_ssm = run["layout"].count("s")
+    words += f", {n_ssm} SSM block{'s' * (n_ssm > 1)}"
     if "a" not in run["layout"]:
         words += ", no attention"
     if run["near"]:
@@ -210,7 +210,8 @@ def draw(runs, path):
         ax.remove()
     for ax, test in zip(axes.flat, tests):
         draw_reach(ax, [run for run in runs if run["test"] == test], kinds, test)
-    legend(fig, axes[0, 0], "a line is a model, a dot its reach after a pass")
+    legend(fig, axes[0, 0], "a line is a model, a dot its reach after a pass; in pale what pointers reach that "
+           "make no errors, a pass later")
     save_figure(fig, path)
 
     orders = [test for test in TESTS if test != "two deeper trees"]
@@ -228,17 +229,17 @@ def draw_reach(ax, runs, kinds, test):
     deepest = len(runs[0]["accuracy"][0])
     passes = range(1, len(runs[0]["accuracy"]) + 1)
     named = set()
+    machines = {}                          # reach of the machine: colour of the first model with it
     for run in runs:
         color = f"C{kinds.index(label(run))}"
+        machines.setdefault(tuple(run["machine"]), color)
         words = None if label(run) in named else label(run)
         named.add(label(run))
         shifted = [x + 0.12 * (run["seed"] % 3 - 1) for x in passes]
         depths = [depth or ZERO_AT for depth in reach(run["accuracy"])]
         ax.plot(shifted, depths, f"{color}o-", ms=4, lw=1, alpha=0.8, label=words)
-    for machine in dict.fromkeys(tuple(run["machine"]) for run in runs):
-        later = [n + LAG for n in passes]
-        words = "pointers that make no errors, a pass later"
-        ax.plot(later, machine, color="0.75", lw=6, alpha=0.6, zorder=0, label=words)
+    for machine, color in machines.items():
+        ax.plot([n + LAG for n in passes], machine, color, lw=7, alpha=0.2, zorder=0)
     ax.plot(passes, [max(n - 1, 0.5) for n in passes], "k:", lw=1, label="one edge a pass")
     ax.plot(passes, [2.0 ** (n - 3) for n in passes], "k--", lw=1, label="doubling with every pass")
     ax.axhline(deepest, color="0.6", lw=1, label="the deepest question of the test")
