@@ -12,8 +12,9 @@ The depth of a question is its longest chain of reads: 1 if a sentence tells the
 than that of the deepest quantity in its sentence. Here it is 3.
 
     python train_gsm.py                   N = 1 against N = 3, minutes on two CPU cores
-    python train_gsm.py --preset paper --batch_size 64 --recompute      Section 6.3, for a GPU
-    python train_gsm.py --preset paper --L 512 --eviction sliding --warmup 1562 --recompute      6.4
+    python train_gsm.py --preset paper --batch_size 32 --recompute      Section 6.3, for a GPU
+    python train_gsm.py --preset paper --batch_size 32 --recompute --L 512 --eviction sliding \
+        --warmup 1562                                                               Section 6.4
 
 Our choice: how problems are made. The paper takes GSM-Infinite's, which also has reverse problems:
 they hide a constant and tell a result. A training text asks for several quantities, and later

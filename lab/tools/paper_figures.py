@@ -44,7 +44,7 @@ def by_depth(*depths, flags=""):
     return Experiment("ca", "", conditions)
 
 
-SLIDING = "--L 512 --eviction sliding --warmup 1562 --batch_size 64 --recompute"
+SLIDING = "--L 512 --eviction sliding --warmup 1562 --batch_size 32 --recompute"
 FIGURES = {
     "2a": Figure(
         "Rule 110: one pass, deeper and deeper questions",
@@ -65,7 +65,7 @@ FIGURES = {
         "16."),
     "4": Figure(
         "Word problems: hard eviction",
-        dict(paper=by_passes("gsm", 1, 4, flags="--batch_size 64 --recompute"),
+        dict(paper=by_passes("gsm", 1, 4, flags="--batch_size 32 --recompute"),
              cpu=by_passes("gsm", 1, 3)),
         "case", "accuracy", {},
         "By operations, not by reads: 2 0.86, 4 0.92, 6 0.419 (N = 1) and 0.615 (N = 4), 8 0.210 "
