@@ -1978,7 +1978,7 @@ def test_the_flags_choose_the_model_and_bad_ones_are_refused_in_a_sentence():
             ("two numbers", "--loop 1"), ("first < stop <= 2", "--loop 1 3"),
             ("a layout of a only", "--parallel --layout as"),
             ("no other change", "--parallel --layout aa --recall"),
-            ("from 0 to 1", "--grow_N 2"), ("do not go together", "--grow_N 0.5 --any_N")):
+            ("from 0 to 1", "--grow_N 2")):
         is_refused(words, lambda argv: registry.train("khop", argv), f"--device cpu {flags}")
 
 
@@ -1996,6 +1996,11 @@ def test_N_is_drawn_anew_for_every_step_from_seed_and_step_alone():
         drawn.append([variants.draw_N(step, settings) for step in range(400)])
     assert drawn[0] == drawn[2] != drawn[1] and drawn[0][1:] != drawn[1][:-1]
     assert all(70 < drawn[0].count(N) < 130 for N in (1, 2, 3, 4))
+    growing = settings_of("khop", "--grow_N 0.6 --steps 1000") | dict(N=4, seed=0)
+    grown = [variants.draw_N(step, growing) for step in range(1000)]
+    both = [variants.draw_N(step, growing | dict(any_N=True)) for step in range(1000)]
+    assert all(N <= top for N, top in zip(both, grown)) and both[:250] == [1] * 250
+    assert all(70 < both[600:].count(N) < 130 for N in (1, 2, 3, 4))
 
 
 # ------------------------------------------------------------------------------------------------

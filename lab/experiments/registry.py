@@ -43,7 +43,6 @@ ONE_TO_FOUR = {
 }
 ALTERNATING = "alternating, hard eviction (the preset)"
 SMALL_CYCLE = "--nodes 12 --K 4 --queries 12 --L 24 --d_model 64 --batch_size 64 --steps 1200"
-ONE_A_PASS = "--grow_N 0.7 --steps 3000 --eval_every 300"
 DEEPER_N = (1, 2, 3, 4, 6, 8, 12, 16)
 
 EXPERIMENTS = {
@@ -155,13 +154,6 @@ EXPERIMENTS = {
             "--N 4 --k_law doubles": "4 passes, k = 1, 2, 4, 8",
             "--N 6 --k_law doubles": "6 passes, k = 1, 2, 4, 8",
         }),
-    "far": Experiment(
-        "hops", "How far does a sleep get, if only its last pass is asked?", {
-            f"{ONE_A_PASS} --nodes 43 --K 21 --queries 43 --L 86 --N 8 --k_law jump --layout s "
-            "--update_rule read_before": "8 passes, the hops of two passes added (Fibonacci)",
-            f"{ONE_A_PASS} --nodes 33 --K 16 --queries 33 --L 66 --N 16 --k_law walk "
-            "--batch_size 16": "16 passes, a hop a pass",
-        }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 7, 8, 12, 16)),
     "layouts": Experiment(
         "khop", "Which hybrid, with and without sleep, at the same compute?", {
             "--N 1 --layout aa --eviction sliding --steps 2900":

@@ -26,7 +26,7 @@ FLAGS = dict(
     tell_pass="before every pass n, h <- h + an embedding of n",
     parallel="attention and fast weights in every block, in parallel (layout a, aa, ...)",
     loop="first and stop of the blocks that are looped; if not given, all (Section 6.3)",
-    any_N="draw N anew for every training step, from 1 to --N",
+    any_N="draw N anew for every training step, from 1 to --N, or as far as it has grown",
     grow_N="let N grow from 1 to --N over this first share of the steps")
 # Flags of ChangedSleep.
 OF_SLEEP = ("carry", "think", "detach", "recall", "guess", "every_pass", "tell_pass")
@@ -62,8 +62,6 @@ def check(args):
             raise sleep.BadInput("--parallel takes no --warmup, and no other change of the model.")
     if not 0 <= args.grow_N <= 1:
         raise sleep.BadInput(f"--grow_N {args.grow_N} must be a share of the steps, from 0 to 1.")
-    if args.grow_N and args.any_N:
-        raise sleep.BadInput("--grow_N and --any_N do not go together.")
 
 
 def check_loop(loop, n_blocks):
@@ -87,11 +85,11 @@ def make_model(cfg, settings):
 def draw_N(step, settings):
     """The passes of a sleep in a training step."""
     N = settings["N"]
-    if settings["any_N"]:
-        return random.Random(f"N {settings['seed']} {step}").randint(1, N)
     growing = settings["grow_N"] * settings["steps"]
     if step < growing:                     # arXiv 2511.07384: slowly at first
-        return max(1, math.ceil(N * (1 - math.sqrt(1 - step / growing))))
+        N = max(1, math.ceil(N * (1 - math.sqrt(1 - step / growing))))
+    if settings["any_N"]:
+        return random.Random(f"N {settings['seed']} {step}").randint(1, N)
     return N
 
 
