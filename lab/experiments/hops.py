@@ -37,13 +37,15 @@ class Hops(train_khop.Cycles):
     def __init__(self, args, seed):
         if args.k_law not in K_LAWS:
             raise sleep.BadInput(f"--k_law {args.k_law} must be one of {', '.join(K_LAWS)}.")
-        if args.k_law in ("walk", "jump") and len(args.N) > 1:
-            raise sleep.BadInput(f"--k_law {args.k_law} asks for as many hops as there are passes: "
-                                 "give one --N.")
         self.k_law = args.k_law
-        self.settings = vars(args) | dict(N=args.N[0], seed=seed)
+        by_passes = args.k_law in ("walk", "jump")
+        if by_passes:
+            if len(args.N) > 1:
+                raise sleep.BadInput(f"--k_law {args.k_law} asks for as many hops as there are "
+                                     "passes: give one --N.")
+            self.settings = vars(args) | dict(N=args.N[0], seed=seed)
         super().__init__(args, seed)
-        if args.k_law in ("walk", "jump"):                     # the test asks what training asks
+        if by_passes:                                          # the test asks what training asks
             self.test_k = sorted({self.k_after(N) for N in range(1, args.N[0] + 1)})
             self.test = self.make_batch(-1)
             self.chance = self.best_guess()

@@ -132,19 +132,19 @@ EXPERIMENTS = {
         }, N_test=(3, 4, 6, 8), results="khop-levers"),
     "fast_weights": Experiment(
         "khop", "Other fast weights: what is read, and how often is written?", {
-            "--N 1 --seed 0 1 2": "1 pass",
+            "--N 1 --seed 0": "1 pass",
             "--N 1 --update_rule two_writes --seed 0 1 2": "1 pass, two writes a token",
-            "--N 1 --update_rule deep_read --seed 0 1 2": "1 pass, eight reads in a row",
-            "--N 1 --update_rule read_before --seed 0 1 2": "1 pass, reads the S before the pass",
-            "--N 3 --seed 0 1 2": "3 passes",
-            "--N 3 --update_rule read_before --seed 0 1 2": "3 passes, read the S before the pass",
-            "--N 3 --tell_pass --seed 0 1 2": "3 passes, each knows its number",
-        }),
+            "--N 1 --update_rule deep_read --seed 0": "1 pass, eight reads in a row",
+            "--N 1 --update_rule read_before --seed 0": "1 pass, reads the S before the pass",
+            "--N 3 --seed 0": "3 passes",
+            "--N 3 --update_rule read_before --seed 0": "3 passes, read the S before the pass",
+            "--N 3 --tell_pass --seed 0": "3 passes, each knows its number",
+        }, results="khop-fast-weights"),
     "k_law": Experiment(
         "hops", "Do questions from a power law teach three passes sooner?", {
-            f"{SMALL_CYCLE} --N 3 --seed 0 1 2": "all k as frequent, K grows",
-            f"{SMALL_CYCLE} --N 3 --k_law power --deeper 0 --seed 0 1 2": "k with weight k^-1.5",
-        }),
+            f"{SMALL_CYCLE} --N 3 --seed 0": "all k as frequent, K grows",
+            f"{SMALL_CYCLE} --N 3 --k_law power --deeper 0 --seed 0": "k with weight k^-1.5",
+        }, results="hops-law"),
     "hops": Experiment(
         "hops", "Twenty nodes, up to eight hops: does a sleep learn to double?", {
             "--N 3": "3 passes, all k",
