@@ -147,13 +147,9 @@ EXPERIMENTS = {
         }, results="hops-law"),
     "hops": Experiment(
         "hops", "Twenty nodes, up to eight hops: does a sleep learn to double?", {
-            "--N 3": "3 passes, all k",
             "--N 4": "4 passes, all k",
-            "--N 6": "6 passes, all k",
-            "--N 3 --k_law doubles": "3 passes, k = 1, 2, 4, 8",
             "--N 4 --k_law doubles": "4 passes, k = 1, 2, 4, 8",
-            "--N 6 --k_law doubles": "6 passes, k = 1, 2, 4, 8",
-        }),
+        }, results="hops"),
     "layouts": Experiment(
         "khop", "Which hybrid, with and without sleep, at the same compute?", {
             "--N 1 --layout aa --eviction sliding --steps 2900":
