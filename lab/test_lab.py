@@ -2492,6 +2492,7 @@ def test_programs_that_watch_a_checkpoint_write_numbers_that_agree_with_its_run(
                 ("another test", which_node.main, "a/N2-seed0.pt k5/N2-seed0.pt"),
                 ("holds no numbers", which_node.main, "--draw r.json"),
                 ("no checkpoint of trees", reach.main, "a/N2-seed0.pt"),
+                ("measure them apart", reach.main, f"t/N2-seed0.pt {demo.TREES} --passes 2"),
                 ("0 (all tokens) or more", reach.main, "t/N2-seed0.pt --near -1"),
                 ("holds no numbers", reach.main, "--draw w.json")):
             is_refused(words, main, command)

@@ -282,7 +282,7 @@ def print_evicted(model, task, tokens, truth, memory):
 def main(argv):
     p = parser(__doc__)
     p.prog = "sleep.py"
-    p.add_argument("--seed", type=int, default=0, help="of the cycle")
+    p.add_argument("--seed", type=int, default=0, help="of the cycle, or of the trees")
     p.add_argument("--edges", help='a cycle of your own, "0>3 3>1 ...", as it is read')
     p.add_argument("--trees", nargs="?", const="random", choices=demo_trees.ORDERS,
                    help="three trees in the place of a cycle, with their edges in this order "

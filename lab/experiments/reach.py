@@ -26,6 +26,8 @@ from lab.experiments.which_node import walk
 
 ENOUGH = 0.9
 ROWS = 512                                 # texts of a test
+FIELDS = {"test", "trained_N", "trained_depth", "seed", "nodes", "order", "layout", "update_rule", "near",
+          "accuracy", "said", "machine"}   # of a run
 ZERO_AT = 0.5                              # where a reach of 0 is drawn: the scale is logarithmic
 LAG = 1                                    # passes that models are behind the machine
 TESTS = {                                  # name: (trees, order of their edges)
@@ -152,6 +154,9 @@ def measure_all(paths, n_passes, near=0):
         model, task = when_to_wake.load(path)
         if task.name != "trees":
             raise sleep.BadInput(f"{path} is no checkpoint of trees.")
+        if runs and task.nodes != runs[0]["nodes"]:
+            raise sleep.BadInput(f"{path} has {task.nodes} nodes, the model before it {runs[0]['nodes']}: "
+                                 "measure them apart.")
         for test, (n_trees, order) in TESTS.items():
             if task.nodes % n_trees:
                 continue
@@ -283,7 +288,7 @@ def main(argv):
         out = args.out or picture_of(args.draw)
         check_output(out, ".png")
         runs = read_results(args.draw).get("runs", [])
-        if not runs or any({"test", "trained_N", "accuracy", "said", "machine"} - set(run) for run in runs):
+        if not runs or any(FIELDS - set(run) for run in runs):
             raise sleep.BadInput(f"{args.draw} holds no numbers of lab.experiments.reach.")
     else:
         out = args.out or Path("out/reach.png")
