@@ -1526,13 +1526,6 @@ def make_folder(folder, name):
     return str(path)
 
 
-if __name__ == "__main__":
-    for name, test in list(globals().items()):
-        if name.startswith("test_"):
-            test()
-            print("ok  ", name)
-
-
 # ================================================================================================
 # Part 4: the lab
 
@@ -3870,3 +3863,7 @@ def test_the_plan_says_flop_that_grow_with_the_passes_and_needs_no_weights():
         context = 1 + len(re.findall(r"\w+|\.", " ".join(sentences)))
         assert asleep - task.args.L < context <= asleep and asleep % task.args.L == 0
         assert awake == task.args.questions * len(f"So {people[0][0]} is in".split())
+
+
+if __name__ == "__main__":
+    sys.exit("lab/test_lab.py: run these tests with `python test_sleep.py`.")
