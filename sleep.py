@@ -1161,8 +1161,8 @@ LIMITS = dict(
     batch_size=(1, 10 ** 6),
     warmup=(0, 10 ** 9),
     cooldown=(0, 1),
-    lr_muon=(1e-9, 1e3),
-    lr_adamw=(1e-9, 1e3))
+    lr_muon=(1e-9, 1000),
+    lr_adamw=(1e-9, 1000))
 
 
 def parse(doc, presets, flags, argv=None):
@@ -1206,13 +1206,18 @@ def parse(doc, presets, flags, argv=None):
     return p, args
 
 
-def plan(args, Task):
-    """(task, Config, settings) of each model. BadInput if one of them makes no sense."""
-    for flag, (low, high) in LIMITS.items():
+def check_limits(args, limits):
+    """BadInput if a flag is out of its limits. limits: {flag: (lowest, highest)}"""
+    for flag, (low, high) in limits.items():
         value = getattr(args, flag)
         for number in value if isinstance(value, list) else [value]:
             if not low <= number <= high:
-                raise BadInput(f"--{flag} {number} must be from {low:g} to {high:g}.")
+                raise BadInput(f"--{flag} {number} must be from {low:,} to {high:,}.")
+
+
+def plan(args, Task):
+    """(task, Config, settings) of each model. BadInput if one of them makes no sense."""
+    check_limits(args, LIMITS)
     if args.warmup >= args.steps:
         raise BadInput(f"--warmup {args.warmup} must be less than --steps {args.steps}.")
     if not args.N or not args.seed:

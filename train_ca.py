@@ -37,6 +37,7 @@ FLAGS = dict(
     W="cells of a ring",
     tapes="tapes in a sequence",
     split="which patterns are kept for the test: the number of a hash")
+LIMITS = dict(rule=(0, 255), t=(0, 1000), W=(8, 60), tapes=(1, 10_000), split=(0, 999))
 SEPARATOR = 2                                                  # 0 and 1 are the cells
 
 
@@ -86,17 +87,8 @@ class Tapes:
         self.batch_size = args.batch_size
         self.seed = seed
         self.device = args.device
-        if not 0 <= self.rule <= 255:
-            raise sleep.BadInput(f"--rule {self.rule} must be an elementary rule, 0 to 255.")
-        if not 0 <= self.split < 1000:
-            raise sleep.BadInput(f"--split {self.split} must be from 0 to 999.")
-        if not 8 <= self.W <= 60:
-            raise sleep.BadInput(f"--W {self.W}: a ring has 8 to 60 cells.")
-        if not 0 <= self.t <= 1000:
-            raise sleep.BadInput(f"--t {self.t} must be from 0 to 1,000 steps of the rule.")
-        if not 1 <= self.n_tapes <= 10_000:
-            raise sleep.BadInput(f"--tapes {self.n_tapes} must be from 1 to 10,000.")
-        if args.L < 1 or (self.W * self.n_tapes) % args.L:
+        sleep.check_limits(args, LIMITS)
+        if (self.W * self.n_tapes) % args.L:
             raise sleep.BadInput(f"--L {args.L} must divide the {self.n_tapes} * {self.W} cells, "
                                  "so that all of them are evicted before the first label.")
         self.T = self.n_tapes * self.W + 1 + (self.n_tapes - 1)        # see make_batch

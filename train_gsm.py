@@ -154,11 +154,7 @@ class Problems:
     def check(self):
         """BadInput, in a sentence, for flags that make no sense."""
         args = self.args
-        for flag, (low, high) in LIMITS.items():
-            given = getattr(args, flag)
-            for value in given if isinstance(given, list) else [given]:
-                if not low <= value <= high:
-                    raise sleep.BadInput(f"--{flag} {value} must be from {low} to {high:,}.")
+        sleep.check_limits(args, LIMITS)
         if args.tests < args.reads:
             raise sleep.BadInput(f"--tests {args.tests} must be one for each of the {args.reads} "
                                  "depths, or more.")

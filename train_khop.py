@@ -113,8 +113,7 @@ class Cycles:
                                  "every question of a sequence starts at another node.")
         if self.n_law not in ("all", "law"):
             raise sleep.BadInput(f"--n_law {self.n_law} must be all or law.")
-        if not 0 <= args.deeper <= 1:
-            raise sleep.BadInput(f"--deeper {args.deeper} must be a share of the steps, 0 to 1.")
+        sleep.check_limits(args, dict(deeper=(0, 1)))
 
     def best_guess(self):
         """The score of the best constant or copied answer: any node but the one asked about.

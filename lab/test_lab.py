@@ -774,7 +774,7 @@ def test_a_script_refuses_bad_input_in_one_line_with_status_2():
         assert status == 2 and words in err and err.count("\n") == 1, (flags, status, err)
     for module, words, flags in (
             (train_ca, "must divide", "--L 9"), (train_ca, "--rule 256", "--rule 256"),
-            (train_ca, "8 to 60 cells", "--W 4 --L 4"), (train_ca, "0 to 1,000", "--t 99999"),
+            (train_ca, "8 to 60", "--W 4 --L 4"), (train_ca, "0 to 1,000", "--t 99999"),
             (train_ca, "--split 1000", "--split 1000"), (train_ca, "--tapes 0", "--tapes 0"),
             (train_khop, "--K 0 must be", "--K 0"), (train_khop, "--K 12 must be", "--K 12"),
             (train_khop, "--queries 13", "--queries 13"), (train_khop, "--nodes 4", "--nodes 4"),

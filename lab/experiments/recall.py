@@ -23,8 +23,7 @@ class Recall:
     vocab_size = 11                        # ten digits and the question
 
     def __init__(self, args, seed):
-        if not 1 <= args.windows <= 10_000:
-            raise sleep.BadInput(f"--windows {args.windows} must be 1 to 10,000.")
+        sleep.check_limits(args, dict(windows=(1, 10_000)))
         self.args = args
         self.seed = seed
         self.T = args.L * args.windows + 1

@@ -34,13 +34,10 @@ class Trees:
     name = "trees"
 
     def __init__(self, args, seed):
-        if not 2 <= args.size <= 1000:
-            raise sleep.BadInput(f"--size {args.size} must be 2 to 1,000 nodes.")
+        sleep.check_limits(args, dict(size=(2, 1000), deeper=(0, 1)))
         if not 1 <= args.depth <= args.test_depth < args.size:
             raise sleep.BadInput(f"--depth {args.depth} --test_depth {args.test_depth}: take 1 <= "
                                  f"depth <= test_depth < size = {args.size}.")
-        if not 0 <= args.deeper <= 1:
-            raise sleep.BadInput(f"--deeper {args.deeper} must be a share, from 0 to 1.")
         if args.order not in ("random", "mixed"):
             raise sleep.BadInput(f"--order {args.order} must be random or mixed.")
         self.args = args

@@ -52,7 +52,8 @@ FLAGS = dict(
     skip="blocks of the file that are left out, as 6:28; empty: none",
     bf16="matrix products of the blocks in bfloat16: fast where the processor has it (AMX, GPUs)",
     plan="only say what training will take")
-LIMITS = dict(people=(1, 1000), reads=(1, 50), questions=(1, 100), tests=(1, 100_000))
+LIMITS = dict(people=(1, 1000), reads=(1, 50), questions=(1, 100), tests=(1, 100_000),
+              deeper=(0, 1))
 
 # Every word is one token of SmolLM2 and Ouro, with the space before it.
 NAMES = """Anna Tom Kim Bob Alice Mary John James Peter Paul Mark Luke Emma Lucy Sara Jane Kate
@@ -77,18 +78,13 @@ class Facts:
     name = "facts"
 
     def __init__(self, args, seed):
-        for flag, (low, high) in LIMITS.items():
-            if not low <= getattr(args, flag) <= high:
-                raise sleep.BadInput(f"--{flag} {getattr(args, flag)} must be from {low} to "
-                                     f"{high:,}.")
+        sleep.check_limits(args, LIMITS)
         if args.people % args.reads:
             raise sleep.BadInput(f"--people {args.people} must be a multiple of --reads "
                                  f"{args.reads}: they stand in chains of that length.")
         if args.questions > args.people:
             raise sleep.BadInput(f"--questions {args.questions}: there are only {args.people} "
                                  "people.")
-        if not 0 <= args.deeper <= 1:
-            raise sleep.BadInput(f"--deeper {args.deeper} must be a share of the steps, 0 to 1.")
         shape, _, self.tokenizer = read_once(args.file)
         self.vocab_size = shape.vocab_size
         self.args = args
