@@ -2314,6 +2314,13 @@ def test_a_model_arrives_at_the_first_of_two_good_evaluations_in_a_row():
     assert leaderboard.arrival(a_curve(0.2, 0.95, 0.8, 0.9, 0.93, 0.99))["step"] == 400
     assert leaderboard.arrival(a_curve(0.2, 0.95, 0.89, 0.95)) is None
     assert leaderboard.tflop_to_arrive(a_curve(0.2, 0.95, 0.89, 0.95)) is None
+    of_eight = a_curve(0.95, 0.95)
+    of_eight["task"] = "hops"
+    for point, accuracy in zip(of_eight["curve"], (0.9, 0.91)):
+        point["accuracy"]["8"] = accuracy
+    assert leaderboard.arrival(of_eight)["step"] == 100
+    of_eight["curve"][1]["accuracy"]["8"] = 0.89               # at three hops it is still above
+    assert leaderboard.arrival(of_eight) is None
 
 
 def test_the_leaderboard_counts_the_compute_up_to_the_arrival():
@@ -2327,12 +2334,18 @@ def test_the_leaderboard_says_who_arrived_and_refuses_another_task():
     with new_folder():
         text = runs_well(leaderboard.main, few)
         assert "N 2 seed 0: did not arrive" in text and "in the mean" not in text
+        text = runs_well(leaderboard.main, f"{few.replace('--out a', '--out b')} --hops 8 --k_law power")
+        assert "N 2 seed 0: did not arrive" in text and "8: " in text
         with patched(leaderboard, "arrival", lambda run: run["curve"][-1]):
             assert "TFLOP in the mean" in runs_well(leaderboard.main, few)
         for words, flags in (("the task of the leaderboard", "--nodes 7 --queries 7"),
                              ("leave --think", "--think 2"),
                              ("the task of the leaderboard", "--preset gpu"),
-                             ("100 steps apart", "--eval_every 200"), ("leave it out", "--resume")):
+                             ("100 steps apart", "--eval_every 200"), ("leave it out", "--resume"),
+                             ("must be 3 or 8", "--hops 4"), ("must be 3 or 8", "--hops"),
+                             ("leave --nodes", "--hops 8 --nodes 30"),
+                             ("what the test asks", "--hops 8 --k_law walk"),
+                             ("200 steps apart", "--hops 8 --eval_every 300")):
             is_refused(words, leaderboard.main, f"--device cpu {flags}")
 
 
