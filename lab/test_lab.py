@@ -54,8 +54,10 @@ from lab.experiments import __main__ as experiments
 from lab.experiments import (baselines, hops, leaderboard, plots, reach, recall, registry, runner,
                              swaps, trees, variants, when_to_wake, which_node)
 from lab.pretrained import __main__ as pretrained_demo
-from lab.pretrained import facts, read
+from lab.pretrained import facts, gguf, read
+from lab.pretrained import folder as folders
 from lab.pretrained import model as pretrained
+from lab.pretrained import tokenizer as tokenizers
 from lab.tools import (benchmark, draw_mechanism, draw_runs, gpu_check, interactive_page,
                        paper_figures)
 from sleep import Config, SleepLM
@@ -3211,7 +3213,7 @@ SPECIAL = "<|endoftext|>"
 @cache
 def bpe_parts():
     """A tokenizer's parts: all bytes, and every word of the task as one token -> tokens, merges."""
-    tokens = [SPECIAL, *read.LETTERS.values()]
+    tokens = [SPECIAL, *tokenizers.LETTERS.values()]
     merges = []
     for word in facts.NAMES + facts.SURNAMES + facts.PLACES:
         for end in range(1, len(word) + 1):
@@ -3359,7 +3361,7 @@ def write_gguf(path, tensors, facts=None, kinds=(0, 1, 3, 8)):
     table = b""
     data = b""
     meant = {}
-    names = {new: old for old, new in read.NAMES.items()}
+    names = {new: old for old, new in gguf.NAMES.items()}
     for i, (name, x) in enumerate(tensors.items()):
         block = re.fullmatch(r"model\.layers\.(\d+)\.(.*)\.weight", name)
         short = names[block[2] if block else name.removesuffix(".weight")]
@@ -3555,7 +3557,7 @@ def test_a_file_that_is_cut_off_or_lies_about_its_size_gets_a_sentence_and_no_me
                     for i in range(9)}): "more",
                 safetensors_bytes({}, dict(a=5)): "header"}.items():
             tensors.write_bytes(raw)
-            refused(sentence, read.read_safetensors, tensors)
+            refused(sentence, folders.read_safetensors, tensors)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < 20e6, peak
@@ -3620,7 +3622,7 @@ def test_text_becomes_tokens_and_the_same_text_again_with_digits_alone_and_the_f
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode(SPECIAL) == [0] and len(tokenizer.encode(" Anna")) == 1
     # Merges by hand: of `a b`, `b c` and `ab c` the first that fits is taken, not the longest.
-    letters = {letter: i for i, letter in enumerate(read.LETTERS.values())}
+    letters = {letter: i for i, letter in enumerate(tokenizers.LETTERS.values())}
     for merges, text, parts in (
             ([("a", "b"), ("b", "c"), ("ab", "c")], "abc", ["abc"]),
             ([("b", "c"), ("a", "b"), ("ab", "c")], "abc", ["a", "bc"]),
@@ -3629,7 +3631,7 @@ def test_text_becomes_tokens_and_the_same_text_again_with_digits_alone_and_the_f
         tokens = dict(letters)
         for pair in merges:
             tokens["".join(pair)] = len(tokens)
-        made = read.make_tokenizer(tokens, merges, [])
+        made = tokenizers.make_tokenizer(tokens, merges, [])
         assert [made.texts[number] for number in made.encode(text)] == parts, (merges, text)
 
 
