@@ -10,10 +10,11 @@ S from pass to pass. Then the window is evicted. Under hard eviction only S rema
 one pass, whatever N is. N = 1 is the plain hybrid of attention and SSM blocks.
 
   name       paper      meaning                                          shape
-  tokens     x, c       B sequences of T; T is a sequence in forward,    (B, T)
-                        at most a window in sleep, wake and the layers
+  tokens     x, c       B sequences of T tokens: T is what a call gets,  (B, T)
+                        a whole sequence or (part of) a window
   targets               what the last M positions are to predict         (B, M)
-  h          h          features, one vector of width d per token        (B, T, d)
+  h          h          features (hidden states): a vector of width d    (B, T, d)
+                        for each token
   q k v      q k v      query, key, value                                (B, H, T, K or V)
   H, K, V               heads; sizes of a key and of a value: both d / H
   P                     tokens that are in the cache already
@@ -178,10 +179,11 @@ class SleepLM(nn.Module):
     def sleep(self, h, memory, N=None):
         """N passes over a window, then eviction (Algorithm 1, lines 6-7). N = 0: it is never read.
 
-        h (B, T <= L, d): embeddings of the window. h and S go from pass to pass. The cache does not:
-        every pass starts from that of the windows before (empty under hard eviction), and sliding
-        eviction keeps the last pass's. Between passes h is neither normed nor mixed with the
-        embeddings again. Returns the memory after eviction.
+        h (B, T <= L, d): embeddings of the window. Every pass starts from the h and S that the pass
+        before returned; between passes h is neither normed nor mixed with the embeddings again. The
+        last h is dropped. The cache is that of earlier windows in every pass (hard eviction has
+        emptied it); sliding eviction keeps the keys and values of the last pass. Returns the memory
+        after eviction.
         """
         N = self.cfg.N if N is None else whole_number("N", N, 0)
         self.check(h, memory, asleep=True)
@@ -205,8 +207,8 @@ class SleepLM(nn.Module):
     def wake(self, h, memory):
         """One pass over h (B, T, d), the next tokens of a window (Algorithm 1, line 10).
 
-        h are embeddings, as in the first pass of a sleep, but the S they read is the last pass's.
-        Returns logits (B, T, vocab) and the memory, with these tokens in its cache.
+        h are embeddings, as in the first pass of a sleep, but the S that they read was written by
+        the last one. Returns logits (B, T, vocab) and the memory, with these tokens in its cache.
         """
         self.check(h, memory)
         h_out, S, cache = self.one_pass(h, memory.S, memory.cache)
@@ -240,19 +242,15 @@ class SleepLM(nn.Module):
         L = self.cfg.L
         silent = [True] * (T - M) + (targets.long() < 0).all(0).tolist()   # T bools
         asleep = [all(silent[start:start + L]) for start in range(0, T, L)]
-        if all(asleep):
-            raise ValueError("all targets are negative: nothing is predicted, so there is no loss.")
-        first_awake = L * asleep.index(False)
-        # Tokens before the answers. If M = T, the targets cover the context, too.
-        context = T - M if M < T else silent.index(False)
-        if first_awake < context:
-            warnings.warn(f"{context - first_awake} tokens of context share a window of L = {L} with "
-                          "an answer: the model does not sleep over them. If it should, fill whole "
-                          "windows (pad on the left).", stacklevel=2)
+        check_asleep(asleep, silent, M, L)
         return asleep
 
     def algorithm_1(self, tokens, targets, asleep, N=None):
-        """`forward`, if it is known which windows sleep: asleep, one bool a window."""
+        """Algorithm 1, if it is known which windows sleep: asleep, one bool a window.
+
+        It is a function of its own because windows_asleep reads the targets: on a GPU that waits,
+        and cannot be part of a CUDA graph.
+        """
         M = targets.shape[1]
         windows = tokens.split(self.cfg.L, dim=1)                          # line 2
         N = N if isinstance(N, (list, tuple)) else [N] * len(windows)
@@ -319,7 +317,7 @@ class SleepLM(nn.Module):
 def masked_cross_entropy(logits, targets):
     """Mean over the targets that are not negative: logits (B, M, vocab), targets (B, M) -> nats."""
     nothing = -1
-    targets = targets.long().clamp(min=nothing)
+    targets = targets.long().clamp(min=nothing)                # every negative target becomes -1
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=nothing)
 
 
@@ -383,20 +381,24 @@ class FastWeights(nn.Module):
         self.o = nn.Linear(d, d, bias=False)
         self.z = nn.Linear(d, d, bias=False)                   # output gate
         self.ab = nn.Linear(d, 2 * H, bias=False)              # inputs of alpha and beta
+        # How slowly S forgets at first. A sleep writes every token N times, so S has to outlast N * T
+        # writes: this is why the model must know T. Our choice: half-lives log-spaced over the
+        # heads, from max(N, 4) * T tokens down to 4 (one head has the longest). At least 4, so that
+        # models of N = 1 to 4, which are compared, start alike.
         # log_alpha = -e^A_log softplus(a + dt_bias), with Mamba's names. At a = 0 and A_log = 0 half
-        # of S is left after log 2 / softplus(dt_bias) tokens: the half-life of a head.
-        # Our choice: half-lives log-spaced over the heads, from max(N, 4) * T tokens down to 4 (one
-        # head has the longest). A sleep writes every token N times, so S has to outlast N * T
-        # writes: this is why the model must know T. At least 4, so that models of N = 1 to 4, which
-        # are compared, start alike.
+        # of S is left after log 2 / softplus(dt_bias) tokens.
         longest = max(cfg.N, 4) * cfg.T
         half_life = torch.logspace(math.log10(longest), math.log10(4), H)
-        self.dt_bias = nn.Parameter(torch.log(torch.expm1(math.log(2) / half_life)))
+        speed = math.log(2) / half_life
+        self.dt_bias = nn.Parameter(torch.log(torch.expm1(speed)))         # softplus(dt_bias) = speed
         self.A_log = nn.Parameter(torch.zeros(H))
         self.norm = nn.RMSNorm(d // H, eps=1e-5)
 
     def write_and_read(self, x, q, k, v, S):
-        """The gates and the rule: x (B, T, d) -> o (B, H, T, V), the new S. All in S's precision."""
+        """The gates and the rule: x (B, T, d) -> o (B, H, T, V), the new S.
+
+        All in S's precision, which is what .to(x.dtype) is for: weights may be bfloat16.
+        """
         ab = F.linear(x, self.ab.weight.to(x.dtype))           # self.ab(x), in S's precision
         a, b = ab.transpose(1, 2).chunk(2, 1)                  # (B, H, T) each
         beta = b.sigmoid()
@@ -489,7 +491,7 @@ def rotate(x, cos, sin):
 
 
 class ShortConv(nn.Module):
-    """x_t + sum_j w_j * x_{t-j}, j = 0 to 3: a causal convolution, each feature for itself."""
+    """x_t + sum_j w_j * x_{t-j}, j = 0 to 3: a causal depthwise convolution in a residual."""
 
     def __init__(self, d, taps=4):
         super().__init__()
@@ -509,7 +511,7 @@ class ShortConv(nn.Module):
 
 
 class Embed(nn.Embedding):
-    """Tokens (B, T), integers of any type -> h (B, T, d). ValueError if they are not."""
+    """Tokens (B, T), integers of any type -> h (B, T, d). ValueError for anything else."""
 
     def forward(self, tokens):
         check_tokens(tokens, self.num_embeddings)
@@ -613,6 +615,23 @@ def check_batch(tokens, targets, vocab_size):
     if targets.device.type != "cuda" and targets.long().max() >= vocab_size:
         raise ValueError(f"targets must be below {vocab_size}, the size of the vocabulary, or negative "
                          f"for nothing; the largest is {targets.long().max()}.")
+
+
+def check_asleep(asleep, silent, M, L):
+    """That something is predicted. A warning, if tokens before the answers are not slept over.
+
+    asleep: one bool a window; silent: one a token, has it no target in any sequence?
+    """
+    if all(asleep):
+        raise ValueError("all targets are negative: nothing is predicted, so there is no loss.")
+    first_answer = silent.index(False)
+    targets_cover_the_context = M == len(silent)
+    context = first_answer if targets_cover_the_context else len(silent) - M       # tokens before it
+    first_awake = L * asleep.index(False)
+    if first_awake < context:
+        warnings.warn(f"{context - first_awake} tokens of context share a window of L = {L} with "
+                      "an answer: the model does not sleep over them. If it should, fill whole "
+                      "windows (pad on the left).", stacklevel=3)
 
 
 def check_features(h, memory, cfg):
@@ -724,15 +743,15 @@ class BadInput(ValueError):
 
 
 # ------------------------------------------------------------------------------------------------
-# Training one model. What a training step is: train, set_phase, Muon, make_gradients, evaluate. All
-# that comes after them keeps files, reads the command line, and says what is wrong.
+# Training one model
 
 def train(task, cfg, settings, path, make_model=None, draw_N=None):
     """Train one model -> the model, its optimizers, and its run, a dict (see lab/pages/files.md).
 
-    settings: the flags of this model, a dict. path: of its checkpoint; training goes on from there
-    if it exists. make_model(cfg, settings) gives another model than SleepLM, a subclass of it;
-    draw_N(step, settings) the passes of a training step, if they are not always settings["N"].
+    cfg: the model's shape. settings: all flags of this run, a dict; those of cfg are among them.
+    path: of its checkpoint; training goes on from there if it exists. make_model(cfg, settings)
+    gives another model than SleepLM, a subclass of it; draw_N(step, settings) the passes of a
+    training step, if they are not always settings["N"].
 
     Every `eval_every` steps: evaluate, and save all that it takes to go on exactly from here.
     BadInput if the loss or a weight is not finite.
@@ -742,7 +761,8 @@ def train(task, cfg, settings, path, make_model=None, draw_N=None):
     gradients = make_gradients(model, settings["compile"], settings["recompute"])
     start = time.monotonic() - run["seconds"]
     first = run["steps"]
-    loss_sum = torch.zeros((), device=settings["device"])      # both are read every eval_every steps
+    # Both stay on the device: to read a number makes a GPU wait, so it is done every eval_every steps.
+    loss_sum = torch.zeros((), device=settings["device"])
     grad_max = torch.zeros((), device=settings["device"])      # largest gradient norm
     progress = tqdm(range(first, steps), path.stem, steps, leave=False, initial=first, disable=None)
     for step in progress:
@@ -753,7 +773,7 @@ def train(task, cfg, settings, path, make_model=None, draw_N=None):
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         grad_max = grad_max.maximum(nn.utils.get_total_norm(grads))
         for optimizer in optimizers:
-            optimizer.step()                                   # line 14
+            optimizer.step()                                   # Algorithm 1, line 14
         run["tokens"] += tokens.numel()
 
         last = step + 1 == steps
@@ -777,38 +797,15 @@ def train(task, cfg, settings, path, make_model=None, draw_N=None):
     return model, optimizers, run
 
 
-def begin(task, cfg, settings, path, make_model=None):
-    """Model, optimizers and run: new, or as the checkpoint at `path` left them."""
-    torch.manual_seed(settings["seed"])
-    model = make_model(cfg, settings) if make_model else SleepLM(cfg)
-    model = model.to(settings["device"])
-    optimizers = make_optimizers(model, settings["lr_muon"], settings["lr_adamw"])
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])        # set_phase starts from it
-    if path.exists():
-        run = load(path, task, settings, model, optimizers)
-        return model, optimizers, run
-    run = dict(task=task.name, N=cfg.N, seed=settings["seed"], steps=0, tokens=0, seconds=0.0,
-               parameters=sum(p.numel() for p in model.parameters()),
-               chance=plain_numbers(task.chance), curve=[], settings=settings,
-               torch=str(torch.__version__), device=device_name(settings["device"]))
-    taken = set(run) | {"N_test"}
-    if taken & set(run["chance"]):
-        raise BadInput(f"a metric of this task is named {', '.join(taken & set(run['chance']))}: that is "
-                       "a field of the run already, take another name.")
-    return model, optimizers, run
-
-
 def set_phase(model, optimizers, settings, step):
     """The rates of this step; and the warm-up of Section 6.4: attention is frozen, eviction is hard.
 
     Our choice, as the models start from scratch: whole attention blocks are frozen, with their MLP;
-    SSM blocks, embedding and head learn.
+    SSM blocks, embedding and head learn. What is frozen gets no gradient, and optimizers skip it.
     """
     warming_up = step < settings["warmup"]
     cooldown_steps = max(1.0, settings["cooldown"] * settings["steps"])
-    rate = min(1.0, (settings["steps"] - step) / cooldown_steps)           # falls to 0 at the end
+    rate = min(1.0, (settings["steps"] - step) / cooldown_steps)           # at last linear towards 0
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
@@ -835,12 +832,13 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), matrices in by_shape.items():
                 grads = [p.grad for p in matrices]
                 means = [self.state[p].setdefault("mean", torch.zeros_like(p)) for p in matrices]
+                # mean <- momentum * mean + (1 - momentum) * grad, then the same again (Nesterov)
                 torch._foreach_lerp_(means, grads, 1 - self.momentum)
-                X = torch.stack(torch._foreach_lerp(grads, means, self.momentum))      # Nesterov's
+                X = torch.stack(torch._foreach_lerp(grads, means, self.momentum))
                 if rows > columns:
                     X = X.mT                                               # (n, short, long)
                 X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-                for _ in range(5):                                         # Newton-Schulz
+                for _ in range(5):             # Newton-Schulz: all singular values go towards 1
                     A = X @ X.mT
                     X = 3.4445 * X + (2.0315 * A @ A - 4.775 * A) @ X
                 if rows > columns:
@@ -858,7 +856,8 @@ def make_optimizers(model, lr_muon, lr_adamw):
     is_matrix = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in is_matrix]
     adamw = torch.optim.AdamW(rest, lr=lr_adamw, weight_decay=0.0, fused=rest[0].is_cuda)
-    return [Muon(matrices, dict(lr=lr_muon)), adamw]
+    muon = Muon(matrices, defaults=dict(lr=lr_muon))
+    return [muon, adamw]
 
 
 def make_gradients(model, compile, recompute):
@@ -904,6 +903,33 @@ def evaluate(model, task, batch, N=None):
             logits.append(model.algorithm_1(x, y, asleep, N)[0])
     model.train(training)
     return plain_numbers(task.score(tokens, targets, torch.cat(logits), *facts))
+
+
+# ------------------------------------------------------------------------------------------------
+# Skip the rest at first reading. It begins and keeps runs, finds out what the machine can do, reads
+# the command line, and says what is wrong.
+
+def begin(task, cfg, settings, path, make_model=None):
+    """Model, optimizers and run: new, or as the checkpoint at `path` left them."""
+    torch.manual_seed(settings["seed"])
+    model = make_model(cfg, settings) if make_model else SleepLM(cfg)
+    model = model.to(settings["device"])
+    optimizers = make_optimizers(model, settings["lr_muon"], settings["lr_adamw"])
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])        # set_phase starts from it
+    if path.exists():
+        run = load(path, task, settings, model, optimizers)
+        return model, optimizers, run
+    run = dict(task=task.name, N=cfg.N, seed=settings["seed"], steps=0, tokens=0, seconds=0.0,
+               parameters=sum(p.numel() for p in model.parameters()),
+               chance=plain_numbers(task.chance), curve=[], settings=settings,
+               torch=str(torch.__version__), device=device_name(settings["device"]))
+    taken = set(run) | {"N_test"}
+    if taken & set(run["chance"]):
+        raise BadInput(f"a metric of this task is named {', '.join(taken & set(run['chance']))}: that is "
+                       "a field of the run already, take another name.")
+    return model, optimizers, run
 
 
 def plain_numbers(metrics):

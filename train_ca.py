@@ -1,9 +1,9 @@
-"""Rule 110: does a deeper question need more sleep? (Sections 4 and 6.1, Figure 2)
+"""Rule 110, an elementary cellular automaton (Sections 4 and 6.1, Figure 2)
 
 A sequence shows a few random tapes of W cells on a ring: cells as tokens, one tape a window. Then
 come a separator and one label a tape. The label is the tape's first cell after t steps of the rule.
 Every tape is evicted before the first label is asked for. The tapes take the same space for every
-t, but a larger t is a deeper question. (Until t = W / 2 more cells matter, too.)
+t, but a larger t is a deeper question. (Up to t = W / 2 it also makes more cells matter.)
 
     0 1 1 0 | 1 0 0 1 | = y1        inputs of two tapes of W = 4 cells, three windows
                         y1 y2       targets of the last window
@@ -53,10 +53,10 @@ def evolve(cells, rule, t):
 
 @cache
 def deciding(rule, t, W):
-    """The cells that matter, as a number with their bits: cell i is bit i.
+    """The cells by whose pattern tapes are kept for the test, as a number: cell i is bit i.
 
-    A cell matters if flipping it changes the label of at least 30 % of 2^12 random tapes. Fewer
-    than 7 such cells have too few patterns to hold some out: then all cells count.
+    They are the cells that matter: flipping one changes the label of at least 30 % of 2^12 random
+    tapes. Fewer than 7 such cells have too few patterns to hold some out: then all cells count.
     """
     g = torch.Generator().manual_seed(0)
     tapes = torch.randint(2, (2 ** 12, W), generator=g)
@@ -92,7 +92,7 @@ class Tapes:
             raise sleep.BadInput(f"--L {args.L} must divide the {self.n_tapes} * {self.W} cells, "
                                  "so that all of them are evicted before the first label.")
         self.T = self.n_tapes * self.W + 1 + (self.n_tapes - 1)        # see make_batch
-        self.bits = deciding(self.rule, self.t, self.W)
+        self.deciding_cells = deciding(self.rule, self.t, self.W)
         self.test = self.make_batch(-1)
         self.chance = self.best_constant(self.test[1])
 
@@ -112,7 +112,7 @@ class Tapes:
         One in eight of the patterns of the cells that matter is, with all tapes that show it. So
         the test asks new questions, unless `deciding` found fewer than 7 such cells.
         """
-        x = tape & self.bits
+        x = tape & self.deciding_cells
         x = (x ^ (x >> 30)) + self.split * 0x9E3779B9
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):     # the mixing of MurmurHash3
             x = x ^ ((x & 0xFFFFFFFF) >> shift)

@@ -1,9 +1,10 @@
 """Word problems in the spirit of GSM-Infinite (Sections 6.3 and 6.4, Figures 4 and 5)
 
 A question, then a text of shuffled sentences that each define one quantity, all modulo p.
-Every quantity looks alike, few matter. Question and text are evicted before the answer (in the
-preset `paper` what goes beyond its window of 2,000 tokens stays in view, as in the paper). The
-answer is one number, said in one pass, without a chain of thought. With p = 5:
+All quantities look alike; few matter. Question and text are evicted before the answer. (In the
+preset `paper` the first 2,000 tokens are; the rest shares a window with the answer and stays in
+view, as in the paper.) The answer is one number, said in one pass, without a chain of thought.
+With p = 5:
 
     duvi ? keba 4 plus numo . numo 3 . duvi keba minus sape . rilo numo minus sape . sape 1 .
     answer duvi  ->  1, because `numo` is 3, `keba` is 4 + 3 = 2, `sape` is 1, `duvi` is 2 - 1
@@ -75,17 +76,18 @@ class Quantity(NamedTuple):
 def define(s, name, depth, by_depth, rng):
     """A new quantity of this depth. by_depth[d]: the quantities of depth d so far, a list.
 
-    It is a copy of y, a quantity of the depth before, or y plus or minus another one, z. If y and z
-    share a constant, a number takes the place of z. So nothing cancels out, as it does in
-    `x minus x`: every constant that a quantity depends on changes it, and it is uniform modulo p.
+    It is a copy of y, a quantity of the depth before, or y plus or minus another one, z: in
+    `duvi keba minus sape`, of depth 3, y is `keba` of depth 2, and z is `sape`. If y and z share a
+    constant, a number takes the place of z. So nothing cancels out, as it does in `x minus x`:
+    every constant that a quantity depends on changes it, and it is uniform modulo p.
     """
     if depth == 1:
         c = rng.randrange(s.p)
         return Quantity([name, ZERO + c, END], c, frozenset([name]))
     y = rng.choice(by_depth[depth - 1])
     z = rng.choice(rng.choice(by_depth[1:depth]))
-    form = rng.choice((END, PLUS, MINUS))
-    if form == END:                                            # a copy
+    form = rng.choice((END, PLUS, MINUS))                      # a copy, a sum or a difference
+    if form == END:
         return Quantity([name, y.sentence[0], END], y.value, y.constants)
     c = rng.randrange(1, s.p)
     number = Quantity([ZERO + c], c, frozenset())
@@ -114,10 +116,9 @@ def make_text(s, room, deepest, rng):
 
 
 def make_problem(s, T, deepest, depths, rng):
-    """A question of each of these depths, and a text up to the deepest, in T tokens; then the
-    answers.
+    """Questions of these depths and a text up to the deepest, in T tokens; then the answers.
 
-    -> tokens (T + 3 * questions), and the text: its sentences, in order of their names
+    -> tokens (T + 3 * questions), and the sentences, sorted: a text without its order
     """
     by_depth = make_text(s, T - len(depths) - 1, deepest, rng)
     sentences = [q.sentence for quantities in by_depth for q in quantities]
@@ -186,10 +187,10 @@ class Problems:
             depths.append(row[:args.questions])
         return self.draw(rng.choice(args.T), deepest, depths, rng, test=False)
 
-    def draw(self, before, deepest, depths, rng, test):
-        """A row of depths for each problem, in `before` tokens and their answers -> a batch.
+    def draw(self, context, deepest, depths, rng, test):
+        """A row of depths for each problem, in `context` tokens, and their answers -> a batch.
 
-        tokens (B, before + 3 M - 1), targets (B, 3 M - 1), depths (B, M)
+        tokens (B, context + 3 M - 1), targets (B, 3 M - 1), depths (B, M)
 
         One text in eight is kept for the test, by a hash.
         """
@@ -198,20 +199,21 @@ class Problems:
                           leave=False):
             is_test = None
             while is_test != test:
-                tokens, text = make_problem(self.args, before, deepest, asked, rng)
+                tokens, text = make_problem(self.args, context, deepest, asked, rng)
                 is_test = zlib.crc32(repr(text).encode()) % 8 == 0
             rows.append(tokens)
         tokens = torch.tensor(rows, device=self.args.device)
         depths = torch.tensor(depths, device=self.args.device)
-        targets = tokens[:, before:].clone().unflatten(1, (-1, ANSWER_TOKENS))     # (B, M, 3)
+        targets = tokens[:, context:].clone().unflatten(1, (-1, ANSWER_TOKENS))     # (B, M, 3)
         targets[..., 1] = targets[..., 2]          # the number is predicted where the name is read
         targets[..., ::2] = -1                                 # elsewhere nothing is
+        # The last number is a target only.
         return tokens[:, :-1], targets.flatten(1)[:, :-1], depths
 
     def score(self, tokens, targets, logits, depths):
         """Accuracy for each depth.
 
-        targets (B, answers), logits (B, answers, vocab), depths (B, M)
+        targets (B, 3 M - 1), logits (B, 3 M - 1, vocab), depths (B, M)
         """
         right = (logits.argmax(-1) == targets)[targets >= 0]
         depths = depths.flatten()
@@ -229,12 +231,12 @@ class Problems:
     def show(self, tokens, targets):
         """One example: the text, then every question with its answer.
 
-        tokens (T,), targets (answers,)
+        tokens (T,), targets (3 M - 1,)
         """
-        before = len(tokens) - len(targets)
-        lines = textwrap.wrap(self.text(tokens[:before]), 92)
+        context = len(tokens) - len(targets)
+        lines = textwrap.wrap(self.text(tokens[:context]), 92)
         for i in (targets >= 0).nonzero().flatten().tolist():
-            question = self.text(tokens[before + i - 1: before + i + 1])
+            question = self.text(tokens[context + i - 1: context + i + 1])
             lines.append(f"{question} {targets[i] - ZERO}")
         return textwrap.indent("\n".join(lines), "  ")
 

@@ -1,12 +1,12 @@
-"""Depo: following a shuffled cycle k steps on (Section 6.2, Figure 3)
+"""k hops on a shuffled cycle: the task Depo of Physics of Language Models 4.1 (Section 6.2, Figure 3)
 
 A sequence shows the edges of one directed cycle of n nodes in random order. Then it asks: which
 node is k hops after q? The edges are evicted before the first question. To store them is the same
-work for every k; only the number of edges that an answer strings together grows. In its first pass
-a token can read only the edges before it: it strings edges together as far as they stand in order.
+work for every k; only the number of edges to follow grows. In the first pass a token reads only the
+edges before it, so it follows a chain only as far as the chain stands in order.
 
     3 -> 0 , 1 -> 3 , 0 -> 2 , 2 -> 1 ,     2 hops after 1 :     edges, then a question (--words)
-    3 0 1 3 0 2 2 1                         2 1                  the same, terse (--no-words)
+    3 0 1 3 0 2 2 1                         2 1                  the same: k, then q (--no-words)
 
 The answer, 0, is said at the last token of the question. It is not in the input, where it would
 help with the next question. (With --feed it is, as in the paper.)
@@ -14,8 +14,8 @@ help with the next question. (With --feed it is, as in the paper.)
     python train_khop.py                    N = 1 against N = 3, minutes on two CPU cores
     python train_khop.py --preset paper     Section 6.2's sizes, for a GPU
 
-Our choice: the law of n in training. In the cpu preset every cycle has all nodes. The larger
-presets take the law of Physics of Language Models 4.1, n from 3 on with weight 1 / (n +
+Our choice: the distribution of n in training. In the cpu preset every cycle has all nodes. The
+larger presets take that of Physics of Language Models 4.1, n from 3 on with weight 1 / (n +
 sqrt(nodes)). A test cycle always has all nodes.
 """
 import math
@@ -140,21 +140,24 @@ class Cycles:
 
     def draw_cycles(self, B, test, g):
         """-> n (B, 1) and name (B, nodes). One cycle in eight is kept for the test, by a hash."""
-        # So many that B of them are on the right side: one in eight of 12 B, or seven of 2 B.
+        # More than B are drawn. On average 12 B / 8, or 2 B * 7 / 8, are on the right side; that it
+        # is fewer than B has a probability below 1e-12.
         rows = 12 * B if test else max(2 * B, B + 30)
         sizes = torch.arange(3, self.nodes + 1, device=self.device)
         weights = 1 / (sizes + math.sqrt(self.nodes))
         n = sizes[torch.multinomial(weights, rows, replacement=True, generator=g)]
-        # n is drawn for both laws, so that they have the same names and questions at a step.
-        share = 1.0 if test or self.n_law == "all" else 0.0    # of cycles that have all nodes
-        whole = torch.rand(rows, generator=g, device=self.device) < share
-        n = torch.where(whole, self.nodes, n)[:, None]         # (rows, 1)
+        # n is drawn in both cases, so that they have the same names and questions at a step.
+        if test or self.n_law == "all":
+            n = torch.full_like(n, self.nodes)
+        n = n[:, None]                                         # (rows, 1)
+        # Nothing uses this draw, but without it all that follow would be others.
+        torch.rand(rows, generator=g, device=self.device)
         name = torch.rand(rows, self.nodes, generator=g, device=self.device).argsort(1)
 
         place = torch.arange(self.nodes, device=self.device)
         after = name.gather(1, (place + 1) % n)                # the node that name[place] points to
-        code = (name + 1) * (after + 1) * (place < n)
-        code = code.sum(1) * 2654435761 % 2 ** 32              # Knuth's multiplicative hash
+        code = (name + 1) * (after + 1) * (place < n)          # a sum over edges: a cycle has the
+        code = code.sum(1) * 2654435761 % 2 ** 32              # same code wherever it begins
         right_side = (code < 2 ** 29) == test
         first = right_side.int().argsort(descending=True, stable=True)[:B]
         return n[first], name[first]

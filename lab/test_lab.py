@@ -936,7 +936,7 @@ def test_no_pattern_of_the_cells_that_matter_is_both_tested_and_trained():
             ("--t 8", [*range(9), 13, 14, 15], 400, 3000),
             ("--rule 90 --t 1", range(16), 3000, 9000)):       # only three matter: the whole ring
         task = built(train_ca, flags)
-        assert task.bits == sum(1 << i for i in cells)
+        assert task.deciding_cells == sum(1 << i for i in cells)
         test = patterns(task, [-1], cells)
         seen = patterns(task, range(20), cells)
         assert not test & seen, flags
@@ -950,7 +950,7 @@ def test_a_held_out_pattern_has_trained_neighbours_in_every_cell_as_often_as_cha
         held = task.held_out(tape)
         assert abs(held.double().mean() - 1 / 8) < 0.02        # 4096 patterns: sigma .005
         for i in range(16):
-            if task.bits >> i & 1:
+            if task.deciding_cells >> i & 1:
                 neighbours = task.held_out(tape[held] ^ (1 << i))
                 assert abs(neighbours.double().mean() - 1 / 8) < 0.07      # 512: sigma .015
 
@@ -2972,13 +2972,13 @@ def test_the_table_of_the_readme_holds_the_means_of_results():
     staircase = load_runs(RESULTS / "khop-staircase.json")
     checked = 0
     for _, header, rows in tables(README.read_text(encoding="utf-8")):
-        if "TFLOP" not in header:
+        if "TFLOP of training" not in header:
             continue
         for row in rows:
             label, = [labels[start] for start in labels if row[0].startswith(start)]
             of_row = [run for run in runs if run["label"] == label]
             for name, cell in zip(header[1:], row[1:]):
-                if name == "TFLOP":
+                if name == "TFLOP of training":
                     values = [of_row[0]["tflop"]]
                 else:
                     values = [run["accuracy"][name.split()[0]] for run in of_row]
