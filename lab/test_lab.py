@@ -2046,6 +2046,16 @@ def test_every_seed_of_the_trees_draws_its_own_numbers_of_trees():
     assert set(drawn[0]) == {3, 4, 6, 8, 12}
 
 
+def test_the_depth_of_the_trees_grows_linearly_or_doubles_each_depth_as_long():
+    flags = "--size 16 --depth 15 --test_depth 15 --L 96 --deeper 0.8 --steps 1000"
+    linear = task_of("trees", flags)
+    doubling = task_of("trees", f"{flags} --growth doubling")
+    steps = (0, 199, 200, 399, 400, 599, 600, 799, 800, 999)
+    assert [doubling.deepest_in_training(step) for step in steps] == [1, 1, 2, 2, 4, 4, 8, 8, 15, 15]
+    assert [linear.deepest_in_training(step) for step in (0, 53, 54, 400, 799, 800)] == [1, 1, 2, 8, 15, 15]
+    is_refused("must be linear or doubling", trees.main, "--device cpu --growth fast")
+
+
 def test_the_trees_count_each_depth_for_itself_and_leave_the_roots_out():
     task = task_of("trees")
     tokens, roots, depths = task.test

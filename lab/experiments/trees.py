@@ -18,13 +18,14 @@ import torch
 import sleep
 from lab.common import program
 
-PRESETS = {"cpu": dict(N=[4], size=8, depth=3, test_depth=7, deeper=0.3, order="random", L=48,
-                       layout="as", d_model=96, n_head=1, steps=2000, batch_size=32, lr_muon=1e-2,
+PRESETS = {"cpu": dict(N=[4], size=8, depth=3, test_depth=7, deeper=0.3, growth="linear",
+                       order="random", L=48, layout="as", d_model=96, n_head=1, steps=2000, batch_size=32, lr_muon=1e-2,
                        lr_adamw=4e-3, cooldown=0.4, N_test=[1, 2, 3, 4, 6, 8, 12, 16])}
 FLAGS = dict(size="nodes of each of the test's three trees",
              depth="edges from the deepest node to its root, in training",
              test_depth="the same, in the test",
              deeper="first share of the steps, in which the depth grows from 1",
+            growth="of the depth: linear (1, 2, 3, ..), or doubling (1, 2, 4, ..), each as long",
              order="of the edges in training: random, or mixed (a third each: random, parents "
                    "first, children first)")
 
@@ -38,6 +39,8 @@ class Trees:
         if not 1 <= args.depth <= args.test_depth < args.size:
             raise sleep.BadInput(f"--depth {args.depth} --test_depth {args.test_depth}: take 1 <= "
                                  f"depth <= test_depth < size = {args.size}.")
+        if args.growth not in ("linear", "doubling"):
+            raise sleep.BadInput(f"--growth {args.growth} must be linear or doubling.")
         if args.order not in ("random", "mixed"):
             raise sleep.BadInput(f"--order {args.order} must be random or mixed.")
         self.args = args
@@ -84,10 +87,14 @@ class Trees:
         return tokens, root_name.gather(1, asked), depth.gather(1, asked)
 
     def deepest_in_training(self, step):
+        depth = self.args.depth
         growing = self.args.deeper * self.args.steps
-        if step < growing:
-            return 1 + int(self.args.depth * step / growing)
-        return self.args.depth
+        if step >= growing:
+            return depth
+        share = step / growing
+        if self.args.growth == "doubling":
+            return 2 ** int(depth.bit_length() * share)        # 1, 2, 4, .., none above depth
+        return 1 + int(depth * share)
 
     def draw_n_trees(self, step, deepest):
         """A number of trees that divides the nodes and leaves each tree deep enough."""
