@@ -181,9 +181,12 @@ class SleepLM(nn.Module):
 
         h (B, T <= L, d): embeddings of the window. Every pass starts from the h and S that the pass
         before returned; between passes h is neither normed nor mixed with the embeddings again. The
-        last h is dropped. The cache is that of earlier windows in every pass (hard eviction has
-        emptied it); sliding eviction keeps the keys and values of the last pass. Returns the memory
-        after eviction.
+        last h is dropped. Nothing is detached: gradients flow through all N passes, and under hard
+        eviction they reach a window only through S.
+
+        Every pass gets the cache from before this window. (With that of the pass before, attention
+        would see the window twice.) Hard eviction has emptied it; sliding eviction keeps the keys
+        and values of the last pass. Returns the memory after eviction.
         """
         N = self.cfg.N if N is None else whole_number("N", N, 0)
         self.check(h, memory, asleep=True)
@@ -207,8 +210,9 @@ class SleepLM(nn.Module):
     def wake(self, h, memory):
         """One pass over h (B, T, d), the next tokens of a window (Algorithm 1, line 10).
 
-        h are embeddings, as in the first pass of a sleep, but the S that they read was written by
-        the last one. Returns logits (B, T, vocab) and the memory, with these tokens in its cache.
+        h are embeddings, as in pass 1 of a sleep. The S that they read was last written in pass N,
+        from other features: training has to make the two fit. Returns logits (B, T, vocab) and the
+        memory, with these tokens in its cache.
         """
         self.check(h, memory)
         h_out, S, cache = self.one_pass(h, memory.S, memory.cache)
@@ -248,8 +252,8 @@ class SleepLM(nn.Module):
     def algorithm_1(self, tokens, targets, asleep, N=None):
         """Algorithm 1, if it is known which windows sleep: asleep, one bool a window.
 
-        It is a function of its own because windows_asleep reads the targets: on a GPU that waits,
-        and cannot be part of a CUDA graph.
+        windows_asleep is kept out of it, as it reads the values of the targets: the CPU has to wait
+        for a GPU's, which a CUDA graph does not allow.
         """
         M = targets.shape[1]
         windows = tokens.split(self.cfg.L, dim=1)                          # line 2
@@ -728,8 +732,9 @@ from tqdm import tqdm
 
 # A task is a class, Task(args, seed), with
 #   name, vocab_size, T         T = tokens of one sequence
-#   make_batch(step)            -> tokens (B, T), targets (B, M) of a training step, and further
-#                               facts if score wants any; from seed and step alone, on args.device
+#   make_batch(step)            -> tokens (B, T) and targets (B, M), shifted and negative where
+#                               nothing is predicted, as in SleepLM.forward; and further facts if
+#                               score wants any; from seed and step alone, on args.device
 #   test                        a batch that is never trained on
 #   chance                      the score of the best constant guess on it
 #   score(tokens, targets, logits, *facts)     -> {metric: number, or {case: number}}; logits
@@ -769,7 +774,8 @@ def train(task, cfg, settings, path, make_model=None, draw_N=None):
         set_phase(model, optimizers, settings, step)
         tokens, targets, *_ = task.make_batch(step)
         N = draw_N(step, settings) if draw_N else cfg.N
-        loss_sum = loss_sum + gradients(tokens, targets, N)    # zero_grad, forward, backward
+        loss = gradients(tokens, targets, N)                   # zero_grad, forward, backward
+        loss_sum = loss_sum + loss
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         grad_max = grad_max.maximum(nn.utils.get_total_norm(grads))
         for optimizer in optimizers:
@@ -798,14 +804,15 @@ def train(task, cfg, settings, path, make_model=None, draw_N=None):
 
 
 def set_phase(model, optimizers, settings, step):
-    """The rates of this step; and the warm-up of Section 6.4: attention is frozen, eviction is hard.
+    """The learning rates of this step; and Section 6.4's warm-up: attention frozen, eviction hard.
 
+    warmup is a number of steps, cooldown the last share of the steps, in which the rates fall to 0.
     Our choice, as the models start from scratch: whole attention blocks are frozen, with their MLP;
     SSM blocks, embedding and head learn. What is frozen gets no gradient, and optimizers skip it.
     """
     warming_up = step < settings["warmup"]
     cooldown_steps = max(1.0, settings["cooldown"] * settings["steps"])
-    rate = min(1.0, (settings["steps"] - step) / cooldown_steps)           # at last linear towards 0
+    rate = min(1.0, (settings["steps"] - step) / cooldown_steps)           # 1, then linear towards 0
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate

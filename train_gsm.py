@@ -101,7 +101,8 @@ def define(s, name, depth, by_depth, rng):
 def make_text(s, room, deepest, rng):
     """Quantities up to a depth, whose sentences fill `room` tokens -> by_depth, as in `define`.
 
-    Every new one is of a depth that has the fewest so far, among those that can be reached.
+    The next one gets the depth that has the fewest so far. A depth can be used as soon as the depth
+    before it has a quantity.
     """
     by_depth = [[] for _ in range(deepest + 1)]
     for name in rng.sample(range(ZERO + s.p, ZERO + s.p + s.names), s.names):
@@ -162,8 +163,8 @@ class Problems:
         if args.L > min(args.T):
             raise sleep.BadInput(f"--L {args.L} must be at most the {min(args.T)} tokens before "
                                  "the answers: a longer window is never full.")
-        # All questions of a text differ: it needs so many quantities of every depth, whatever the
-        # deepest of a step is.
+        # No quantity is asked for twice in a text: each depth needs as many as it has questions.
+        # The deepest one grows during training, so every value that it takes is checked.
         for deepest in range(1, args.reads + 1):
             of_a_depth = math.ceil(args.questions / deepest)
             names = of_a_depth * deepest

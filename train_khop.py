@@ -140,8 +140,8 @@ class Cycles:
 
     def draw_cycles(self, B, test, g):
         """-> n (B, 1) and name (B, nodes). One cycle in eight is kept for the test, by a hash."""
-        # More than B are drawn. On average 12 B / 8, or 2 B * 7 / 8, are on the right side; that it
-        # is fewer than B has a probability below 1e-12.
+        # Draw more than B, keep B on the right side of the hash. On average 12 B / 8 are test
+        # cycles, or 2 B * 7 / 8 training cycles; fewer than B has a probability below 1e-12.
         rows = 12 * B if test else max(2 * B, B + 30)
         sizes = torch.arange(3, self.nodes + 1, device=self.device)
         weights = 1 / (sizes + math.sqrt(self.nodes))
@@ -150,14 +150,15 @@ class Cycles:
         if test or self.n_law == "all":
             n = torch.full_like(n, self.nodes)
         n = n[:, None]                                         # (rows, 1)
-        # Nothing uses this draw, but without it all that follow would be others.
+        # Not used. Without it all later draws would change, and with them every recorded run.
         torch.rand(rows, generator=g, device=self.device)
         name = torch.rand(rows, self.nodes, generator=g, device=self.device).argsort(1)
 
         place = torch.arange(self.nodes, device=self.device)
         after = name.gather(1, (place + 1) % n)                # the node that name[place] points to
-        code = (name + 1) * (after + 1) * (place < n)          # a sum over edges: a cycle has the
-        code = code.sum(1) * 2654435761 % 2 ** 32              # same code wherever it begins
+        # The hash is of a sum over edges, so a cycle has the same code wherever it begins.
+        code = (name + 1) * (after + 1) * (place < n)
+        code = code.sum(1) * 2654435761 % 2 ** 32              # Knuth's multiplicative hash
         right_side = (code < 2 ** 29) == test
         first = right_side.int().argsort(descending=True, stable=True)[:B]
         return n[first], name[first]
