@@ -43,6 +43,7 @@ ONE_TO_FOUR = {
 }
 ALTERNATING = "alternating, hard eviction (the preset)"
 SMALL_CYCLE = "--nodes 12 --K 4 --queries 12 --L 24 --d_model 64 --batch_size 64 --steps 1200"
+SLOW = "--deeper 0.8 --steps 3000 --seed 0"
 DEEPER_N = (1, 2, 3, 4, 6, 8, 12, 16)
 
 EXPERIMENTS = {
@@ -150,6 +151,13 @@ EXPERIMENTS = {
             "--N 4": "4 passes, all k",
             "--N 4 --k_law doubles": "4 passes, k = 1, 2, 4, 8",
         }, results="hops"),
+    "eight_hops": Experiment(
+        "hops", "Twenty nodes, and k grows slowly: how many hops do N passes answer?", {
+            f"{SLOW} --N 2": "2 passes",
+            f"{SLOW} --N 4": "4 passes",
+            f"{SLOW} --N 6": "6 passes",
+            f"{SLOW} --N 4 --layout ass": "4 passes, two SSM blocks",
+        }, results="hops-eight"),
     "layouts": Experiment(
         "khop", "Which hybrid, with and without sleep, at the same compute?", {
             "--N 1 --layout aa --eviction sliding --steps 2900":
