@@ -156,6 +156,7 @@ EXPERIMENTS = {
             f"{SLOW} --N 2": "2 passes",
             f"{SLOW} --N 4": "4 passes",
             f"{SLOW} --N 6": "6 passes",
+            f"{SLOW} --N 8": "8 passes",
             f"{SLOW} --N 4 --layout ass": "4 passes, two SSM blocks",
         }, results="hops-eight"),
     "layouts": Experiment(
