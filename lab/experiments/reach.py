@@ -224,7 +224,8 @@ def draw(runs, path):
     for row, kind in zip(axes, kinds):
         for ax, test in zip(row, orders):
             draw_said(ax, [run for run in runs if label(run) == kind and run["test"] == test], test)
-        row[0].set_ylabel(f"{kind}\npasses of the sleep")
+        words = kind.replace(", ", ",\n")                      # a long line would run into the next row
+        row[0].set_ylabel(f"{words}\n\npasses of the sleep")
     fig.suptitle("Which node is said to deep questions, pass by pass? mean of the seeds", fontsize=10)
     save_figure(fig, path.with_stem(path.stem + "-said"))
 
