@@ -210,8 +210,8 @@ class SleepLM(nn.Module):
     def wake(self, h, memory):
         """One pass over h (B, T, d), the next tokens of a window (Algorithm 1, line 10).
 
-        h are embeddings, as in pass 1 of a sleep. The S that they read was last written in pass N,
-        from other features: training has to make the two fit. Returns logits (B, T, vocab) and the
+        h are embeddings, as in pass 1 of a sleep. The S that they read was last written in pass N, by
+        other features: training has to make the two fit. Returns logits (B, T, vocab) and the
         memory, with these tokens in its cache.
         """
         self.check(h, memory)
