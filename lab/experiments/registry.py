@@ -140,6 +140,7 @@ EXPERIMENTS = {
             "--N 3 --seed 0": "3 passes",
             "--N 3 --update_rule read_before --seed 0": "3 passes, read the S before the pass",
             "--N 3 --tell_pass --seed 0": "3 passes, each knows its number",
+            "--N 3 --n_head 2 --seed 0": "3 passes, two heads",
         }, results="khop-fast-weights"),
     "k_law": Experiment(
         "hops", "Do questions from a power law teach three passes sooner?", {
