@@ -42,7 +42,7 @@ PRESETS = {
     "paper": dict(N=[1, 4], reads=8, questions=8, T=[2000, 2400, 2800, 3200], L=2000, p=11,
                   names=2000, tests=2000, deeper=0.4, layout="as" * 5, d_model=512, n_head=8,
                   steps=4687, batch_size=256, lr_muon=1e-3, lr_adamw=5e-4, eval_every=500,
-                  conv="s", compile=False),    # a window of 32 chunks, unrolled, compiles too long
+                  conv="s", compile=False),    # 2,000 tokens are 32 unrolled chunks: too long
 }
 FLAGS = dict(
     reads="the longest chain of reads that a question needs",

@@ -2354,8 +2354,9 @@ def test_the_leaderboard_says_who_arrived_and_refuses_another_task():
                              ("leave --think", "--think 2"),
                              ("the task of the leaderboard", "--preset gpu"),
                              ("100 steps apart", "--eval_every 200"), ("leave it out", "--resume"),
-                             ("must be 3 or 8", "--hops 4"), ("must be 3 or 8", "--hops"),
-                             ("leave --nodes", "--hops 8 --nodes 30"),
+                             ("invalid choice: '4'", "--hops 4"),
+                             ("expected one argument", "--hops"),
+                             ("leave --nodes", "--hops=8 --nodes 30"),
                              ("what the test asks", "--hops 8 --k_law walk"),
                              ("200 steps apart", "--hops 8 --eval_every 300")):
             is_refused(words, leaderboard.main, f"--device cpu {flags}")

@@ -23,7 +23,7 @@ Runs are kept in out/experiments, and go on where they stopped.
 from pathlib import Path
 
 import sleep
-from lab.common import load_runs, mean, program
+from lab.common import load_runs, mean, parser, program
 from lab.experiments import runner, variants
 from lab.experiments.registry import load_task, train
 
@@ -68,15 +68,10 @@ def check_rules(args, default, flags, most_steps):
 
 def class_of(argv):
     """The hops of the class, and the command line without --hops."""
-    hops = "3"
-    argv = list(argv)
-    if "--hops" in argv:
-        i = argv.index("--hops")
-        hops = " ".join(argv[i + 1:i + 2])
-        del argv[i:i + 2]
-    if hops not in CLASSES:
-        raise sleep.BadInput(f"--hops {hops} must be {' or '.join(CLASSES)}: there are these classes.")
-    return hops, argv
+    p = parser(__doc__)
+    p.add_argument("--hops", choices=list(CLASSES), default="3")
+    args, rest = p.parse_known_args(argv)
+    return args.hops, rest
 
 
 @program

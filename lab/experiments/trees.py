@@ -19,8 +19,9 @@ import sleep
 from lab.common import program
 
 PRESETS = {"cpu": dict(N=[4], size=8, depth=3, test_depth=7, deeper=0.3, growth="linear",
-                       order="random", L=48, layout="as", d_model=96, n_head=1, steps=2000, batch_size=32, lr_muon=1e-2,
-                       lr_adamw=4e-3, cooldown=0.4, N_test=[1, 2, 3, 4, 6, 8, 12, 16])}
+                       order="random", L=48, layout="as", d_model=96, n_head=1, steps=2000,
+                       batch_size=32, lr_muon=1e-2, lr_adamw=4e-3, cooldown=0.4,
+                       N_test=[1, 2, 3, 4, 6, 8, 12, 16])}
 FLAGS = dict(size="nodes of each of the test's three trees",
              depth="edges from the deepest node to its root, in training",
              test_depth="the same, in the test",
