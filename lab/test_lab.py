@@ -1881,6 +1881,27 @@ def test_two_writes_a_token_are_two_steps_of_the_rule_and_one_read():
     close(new_S, S, 1e-10)
 
 
+def test_a_write_that_copies_writes_what_s_says_at_a_second_key():
+    mixer, x, q, k, v, S = fast_weights("copy")
+    o, new_S = mixer.write_and_read(x, q, k, v, S)
+    for chunk in (1, 3):                                       # several chunks: the same numbers
+        whole = sleep.gated_delta_rule_chunked
+        a, b = (x @ mixer.ab.weight.T).transpose(1, 2).chunk(2, 1)
+        log_alpha = -F.softplus(a + mixer.dt_bias[:, None])
+        pieces = variants.read_one_key_write_another(q, k, k, v, log_alpha, b.sigmoid(), S, chunk)
+        for piece, plain in zip(pieces, whole(q, k, v, log_alpha, b.sigmoid(), S)):
+            close(piece, plain, 1e-10)                         # read where it writes: the delta rule
+    k2 = F.normalize(sleep.split_heads(F.silu(mixer.k2(x)), 2), dim=-1)
+    g = mixer.g(x).sigmoid().transpose(1, 2)[..., None]
+    for t in range(8):
+        S = log_alpha[:, :, t, None, None].exp() * S
+        at_key, at_second = (torch.einsum("bhvk,bhk->bhv", S, key[:, :, t]) for key in (k, k2))
+        write = (1 - g[:, :, t]) * v[:, :, t] + g[:, :, t] * at_second - at_key
+        S = S + torch.einsum("bh,bhv,bhk->bhvk", b.sigmoid()[:, :, t], write, k[:, :, t])
+        close(o[:, :, t], torch.einsum("bhvk,bhk->bhv", S, q[:, :, t]), 1e-10)
+    close(new_S, S, 1e-10)
+
+
 def test_a_deep_read_follows_a_chain_of_keys():
     mixer, x, _, k, v, S = fast_weights("deep_read", d=32)     # 16 keys a head
     S = torch.eye(16).roll(1, 0).double().expand(3, 2, 16, 16)             # node i points to i + 1
@@ -1925,6 +1946,9 @@ def test_every_law_of_k_draws_what_it_says_and_the_test_has_every_k():
     assert (counts["doubles"][[2, 4, 5, 6]] == 0).all()
     growing = task_of("hops", "--k_law doubles --deeper 1 --steps 100")
     assert growing.hops(growing.make_batch(30)[0]).max() == 2              # 1 + 8 * 0.3 is 3.4
+    doubling = task_of("hops", "--k_law doubles --growth doubling --deeper 0.8 --steps 100")
+    assert [doubling.largest_k(step) for step in (0, 19, 20, 40, 60, 79, 80)] == [1, 1, 2, 4, 8, 8, 8]
+    assert doubling.hops(doubling.make_batch(50)[0]).max() == 4
     by_pass = dict(walk=[1, 2, 3, 4, 5, 6, 7, 8], jump=[1, 1, 2, 3, 5, 8, 8, 8])     # K is 8
     for law, wanted in by_pass.items():
         task = task_of("hops", f"--k_law {law} --N 8 --grow_N 1 --steps 100 --batch_size 2")
@@ -1934,6 +1958,7 @@ def test_every_law_of_k_draws_what_it_says_and_the_test_has_every_k():
         assert set(task.hops(task.test[0]).flatten().tolist()) == set(wanted) == set(task.test_k)
     is_refused("one of all, power, doubles", hops.main, "--k_law some")
     is_refused("give one --N", hops.main, "--k_law walk --N 1 2")
+    is_refused("linear or doubling", hops.main, "--growth slow")
 
 
 def test_of_two_parallel_mixers_both_speak_and_only_the_fast_weights_remember():

@@ -25,9 +25,12 @@ from lab.experiments import variants
 K_LAWS = ("all", "power", "doubles", "walk", "jump")
 PRESETS = {"cpu": train_khop.PRESETS["cpu"] | dict(N=[4], nodes=20, K=8, queries=20, L=40,
                                                    d_model=96, batch_size=32, steps=2400,
-                                                   eval_every=200, k_law="all")}
+                                                   eval_every=200, k_law="all",
+                                                   growth="linear")}
 FLAGS = train_khop.FLAGS | dict(k_law="the k of training: all, power (k^-1.5), doubles (1, 2, 4), "
-                                      "walk (the passes) or jump (their Fibonacci number)")
+                                      "walk (the passes) or jump (their Fibonacci number)",
+                                growth="of the largest k: linear (1, 2, 3, ..), or doubling (1, 2, "
+                                       "4, ..), each as long")
 
 
 class Hops(train_khop.Cycles):
@@ -37,7 +40,10 @@ class Hops(train_khop.Cycles):
     def __init__(self, args, seed):
         if args.k_law not in K_LAWS:
             raise sleep.BadInput(f"--k_law {args.k_law} must be one of {', '.join(K_LAWS)}.")
+        if args.growth not in ("linear", "doubling"):
+            raise sleep.BadInput(f"--growth {args.growth} must be linear or doubling.")
         self.k_law = args.k_law
+        self.growth = args.growth
         by_passes = args.k_law in ("walk", "jump")
         if by_passes:
             if len(args.N) > 1:
@@ -53,6 +59,11 @@ class Hops(train_khop.Cycles):
     def k_after(self, N):
         """The hops that are asked after N passes."""
         return min(N if self.k_law == "walk" else fibonacci(N), self.K)
+
+    def largest_k(self, step):
+        if self.growth == "linear" or step >= self.deeper:
+            return super().largest_k(step)
+        return 2 ** int(self.K.bit_length() * step / self.deeper)              # none above K
 
     def draw_k(self, shape, step, g):
         if step < 0 or self.k_law == "all":

@@ -31,7 +31,7 @@ CLASSES = {                                # hops: (task, most steps between eva
     "3": ("khop", 100),
     "8": ("hops", 200),
 }
-FREE = {"deeper", "k_law"}                 # flags of a task that say what training asks
+FREE = {"deeper", "k_law", "growth"}       # flags of a task that say what training asks
 
 
 def arrival(run):

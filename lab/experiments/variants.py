@@ -310,7 +310,47 @@ class DeepRead(sleep.FastWeights):
         return o, new_S
 
 
-sleep.UPDATE_RULES |= dict(read_before=ReadBefore, two_writes=TwoWrites, deep_read=DeepRead)
+class CopyWrite(sleep.FastWeights):
+    """`copy`: a token writes, in part, what S says at a second key k2. A gate g by token and head:
+
+        S_t = S + beta ((1 - g) v + g S k2 - S k) k^T    with S = alpha S_{t-1}
+    """
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.k2 = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
+        self.g = nn.Linear(cfg.d_model, cfg.n_head, bias=False)
+
+    def write_and_read(self, x, q, k, v, S):
+        a, b = self.ab(x).transpose(1, 2).chunk(2, 1)          # (B, H, T) each
+        speed = self.A_log.exp()[:, None]
+        log_alpha = -speed * F.softplus(a + self.dt_bias[:, None])
+        k2 = F.normalize(sleep.split_heads(F.silu(self.k2(x)), self.H), dim=-1)
+        g = self.g(x).transpose(1, 2).sigmoid()[..., None]     # (B, H, T, 1)
+        return read_one_key_write_another(q, k, k - g * k2, (1 - g) * v, log_alpha, b.sigmoid(), S)
+
+
+def read_one_key_write_another(q, k, r, v, log_alpha, beta, S, chunk=64):
+    """sleep.gated_delta_rule_chunked with S_t = S + beta (v - S r) k^T: what is lacking is read at r."""
+    outputs = []
+    chunks = (x.split(chunk, 2) for x in (q, k, r, v, log_alpha, beta))
+    for q_c, k_c, r_c, v_c, log_alpha_c, beta_c in zip(*chunks):
+        c = log_alpha_c.clamp(min=-100).cumsum(-1)             # (B, H, C)
+        D = c[..., :, None] - c[..., None, :]                  # (B, H, C, C)
+        D = D.masked_fill(torch.ones_like(D).triu(1) > 0, -torch.inf).exp()
+        decay = c.exp()[..., None]                             # (B, H, C, 1)
+        beta_c = beta_c[..., None]
+        A = (beta_c * (r_c @ k_c.mT) * D).tril(-1)
+        lacking = beta_c * (v_c - decay * (r_c @ S.mT))
+        u = torch.linalg.solve_triangular(A, lacking, upper=False, unitriangular=True)
+        outputs.append(decay * (q_c @ S.mT) + ((q_c @ k_c.mT) * D) @ u)
+        decay_to_end = (c[..., -1:] - c).exp()[..., None]      # (B, H, C, 1)
+        S = decay[..., -1:, :] * S + u.mT @ (decay_to_end * k_c)
+    return torch.cat(outputs, 2), S
+
+
+sleep.UPDATE_RULES |= dict(read_before=ReadBefore, two_writes=TwoWrites, deep_read=DeepRead,
+                           copy=CopyWrite)
 
 
 # ------------------------------------------------------------------------------------------------
