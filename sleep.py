@@ -17,13 +17,10 @@ one pass, whatever N is. N = 1 is the plain hybrid of attention and SSM blocks.
                         for each token
   q k v      q k v      query, key, value                                (B, H, T, K or V)
   H, K, V               heads; sizes of a key and of a value: both d / H
-  P                     tokens that are in the cache already
-  C                     tokens of a piece of the window, in the chunked form of the rule (what
-                        the paper calls a chunk is a window here)
   alpha      alpha_t    the share of S that a token keeps; log_alpha <= 0   (B, H, T)
   beta       beta_t     how strongly a token is written, in (0, 1)       (B, H, T)
   S          S_t        fast weights: S k is close to v                  (B, H, V, K)
-  L, N       L, N       window length; passes of a sleep
+  L, N       L, N       window length (of what the paper calls a chunk); passes of a sleep
 
 The order of this file: the fast-weight rule, token by token; the model and its sleep; its layers.
 Two parts can be skipped at first reading: the same rule as matrix products, and the checks of what
@@ -52,7 +49,7 @@ def gated_delta_rule(q, k, v, log_alpha, beta, S, delta=True):
 
         S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,    o_t = S_t q_t
 
-    This is Gated DeltaNet, which the experiments use: it writes beta_t times what S lacks at k_t,
+    This is Gated DeltaNet, the default here: it writes beta_t times what S lacks at k_t,
     v_t - alpha_t S_{t-1} k_t. delta=False is Eq. 3, the gated Hebbian write
         S_t = alpha_t S_{t-1} + beta_t v_t k_t^T.
     Shapes as in the glossary, else ValueError. Returns o (B, H, T, V) and the last S.
@@ -97,7 +94,7 @@ class Config:
 
 
 class Cache(NamedTuple):
-    """What a block keeps of its latest tokens. It is emptied by hard eviction."""
+    """What a block keeps of its latest P tokens. It is emptied by hard eviction."""
     tail: torch.Tensor             # latest inputs of the short convolution (B, n <= 3, d)
     keys: torch.Tensor | None      # of attention (B, H, P, K); None in an SSM block
     values: torch.Tensor | None    # of attention (B, H, P, K); None in an SSM block
@@ -169,8 +166,8 @@ class SleepLM(nn.Module):
     def blocks_once(self, h, S, cache):
         S = list(S)
         cache = list(cache)
-        # cache_enabled=False: else bfloat16 copies of weights, made before an optimizer's step, may
-        # be used after it.
+        # cache_enabled=False: autocast would otherwise use bfloat16 copies of weights again that it
+        # made before the optimizer's step.
         with torch.autocast(h.device.type, torch.bfloat16, self.cfg.bf16, cache_enabled=False):
             for i, block in enumerate(self.blocks):
                 h, S[i], cache[i] = block(h, S[i], cache[i])
@@ -237,9 +234,9 @@ class SleepLM(nn.Module):
         return self.algorithm_1(tokens, targets, asleep, N)
 
     def windows_asleep(self, tokens, targets):
-        """Line 5, one bool a window: it sleeps if its loss mask is zero for all sequences.
+        """Line 5, one bool a window: it sleeps if its loss mask is zero.
 
-        So whether a window sleeps depends on all sequences of its batch.
+        Our choice for a batch: a window sleeps only if it has no target in any of the sequences.
         """
         T = tokens.shape[1]
         M = targets.shape[1]
@@ -273,7 +270,7 @@ class SleepLM(nn.Module):
                 window_logits, memory = self.wake(h, memory)               # line 10
                 logits.append(window_logits)
                 memory = self.evict(memory)            # an awake window is evicted, too
-        # Only the last M positions have targets: windows before them are not even joined.
+        # Targets may reach back into windows that sleep, whose logits are 0. Those before are left out.
         first = (tokens.shape[1] - M) // self.cfg.L
         logits = torch.cat(logits[first:], 1)[:, -M:]                      # (B, M, vocab)
         return logits, masked_cross_entropy(logits, targets)               # line 11
@@ -385,10 +382,10 @@ class FastWeights(nn.Module):
         self.o = nn.Linear(d, d, bias=False)
         self.z = nn.Linear(d, d, bias=False)                   # output gate
         self.ab = nn.Linear(d, 2 * H, bias=False)              # inputs of alpha and beta
-        # How slowly S forgets at first. A sleep writes every token N times, so S has to outlast N * T
-        # writes: this is why the model must know T. Our choice: half-lives log-spaced over the
-        # heads, from max(N, 4) * T tokens down to 4 (one head has the longest). At least 4, so that
-        # models of N = 1 to 4, which are compared, start alike.
+        # How slowly S forgets at first. Our choice: half-lives log-spaced over the heads, from the
+        # longest down to 4 tokens; a single head has the longest. A sleep writes every token N times,
+        # so the longest is N * T tokens: this is why the model must know T. Models of N = 1 to 4 are
+        # compared, so all of them start with 4 * T.
         # log_alpha = -e^A_log softplus(a + dt_bias), with Mamba's names. At a = 0 and A_log = 0 half
         # of S is left after log 2 / softplus(dt_bias) tokens.
         longest = max(cfg.N, 4) * cfg.T
@@ -452,8 +449,9 @@ class Attention(nn.Module):
         self.k = nn.Linear(d, d, bias=False)
         self.v = nn.Linear(d, d, bias=False)
         self.o = nn.Linear(d, d, bias=False)
-        # Keys are cached unrotated and rotated in every call. Scores depend on distances only, so
-        # positions count from the oldest token: at most L - 1 of earlier windows, L of this one.
+        # Scores depend on distances only, so position 0 is the oldest token in view, and keys are
+        # cached as they are, and rotated in each call. In view are at most L - 1 tokens of earlier
+        # windows and L of this one.
         K = d // self.H
         positions = torch.arange(2.0 * self.L)
         frequencies = 10000 ** (-torch.arange(0, K, 2) / K)
@@ -462,7 +460,10 @@ class Attention(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def forward(self, x, past_keys, past_values):
-        """x (B, T, d); past_keys, past_values (B, H, P, K) -> (B, T, d), and both with these tokens."""
+        """x (B, T, d), keys and values of P tokens before it -> (B, T, d), and both with these tokens.
+
+        past_keys, past_values: (B, H, P, K)
+        """
         T = x.shape[1]
         P = past_keys.shape[2]
         q = split_heads(self.q(x), self.H)                     # (B, H, T, K)
@@ -476,7 +477,7 @@ class Attention(nn.Module):
             distance = position[P:, None] - position
             mask = (distance >= 0) & (distance < self.L)       # (T, P + T)
         if x.device.type == "mps":
-            v = v.contiguous()             # other layouts have given wrong values there
+            v = v.contiguous()             # PyTorch has had wrong values for other layouts there
         q_rotated = rotate(q, self.cos[P:P + T], self.sin[P:P + T])
         k_rotated = rotate(k, self.cos[:P + T], self.sin[:P + T])
         o = F.scaled_dot_product_attention(q_rotated, k_rotated, v, attn_mask=mask, is_causal=P == 0)

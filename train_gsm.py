@@ -1,13 +1,11 @@
 """Word problems in the spirit of GSM-Infinite (Sections 6.3 and 6.4, Figures 4 and 5)
 
 A question, then a text of shuffled sentences that each define one quantity, all modulo p.
-All quantities look alike; few matter. Question and text are evicted before the answer. (In the
-preset `paper` the first 2,000 tokens are; the rest shares a window with the answer and stays in
-view, as in the paper.) The answer is one number, said in one pass, without a chain of thought.
-With p = 5:
+All quantities look alike; few matter. Question and text are evicted before the answer. The answer
+is one number, said in one pass, without a chain of thought. With p = 5:
 
-    duvi ? keba 4 plus numo . numo 3 . duvi keba minus sape . rilo numo minus sape . sape 1 .
-    answer duvi  ->  1, because `numo` is 3, `keba` is 4 + 3 = 2, `sape` is 1, `duvi` is 2 - 1
+    x2 ? x7 4 plus x4 . x4 3 . x2 x7 minus x9 . x5 x4 minus x9 . x9 1 .
+    answer x2  ->  1, because x4 is 3, x7 is 4 + 3 = 2, x9 is 1, and x2 is 2 - 1
 
 The depth of a question is its longest chain of reads: 1 if a sentence tells the number, else 1 more
 than that of the deepest quantity in its sentence. Here it is 3.
@@ -17,9 +15,13 @@ than that of the deepest quantity in its sentence. Here it is 3.
     python train_gsm.py --preset paper --batch_size 32 --recompute --L 512 --eviction sliding \
         --warmup 1562                                                               Section 6.4
 
+The preset `paper` has the paper's lengths, but trains from scratch. There the first 2,000 tokens are
+evicted; the rest shares a window with the answer and stays in view.
+
 Our choice: how problems are made. The paper takes GSM-Infinite's, which also has reverse problems:
-they hide a constant and tell a result. A training text asks for several quantities, and later
-questions see the earlier answers; a test text asks for one.
+they hide a constant and tell a result. A training text asks for several quantities, which is
+cheaper, and later questions see the earlier answers; a test text asks for one, so it has room for
+two more sentences.
 """
 import math
 import random
@@ -53,7 +55,7 @@ FLAGS = dict(
     deeper="first share of the steps, in which training questions get deeper, from 1 read on",
     tests="problems of the test, as many of each depth")
 LIMITS = dict(reads=(1, 50), questions=(1, 1000), T=(1, 10_000), L=(1, 10_000), p=(2, 100),
-              names=(20, 4900), tests=(1, 10_000), batch_size=(1, 10_000), deeper=(0, 1))
+              names=(20, 10_000), tests=(1, 10_000), batch_size=(1, 10_000), deeper=(0, 1))
 
 # Tokens: six words, then the numbers 0..p-1, then the names.
 WORDS = "PAD . ? answer plus minus".split()
@@ -77,9 +79,9 @@ def define(s, name, depth, by_depth, rng):
     """A new quantity of this depth. by_depth[d]: the quantities of depth d so far, a list.
 
     It is a copy of y, a quantity of the depth before, or y plus or minus another one, z: in
-    `duvi keba minus sape`, of depth 3, y is `keba` of depth 2, and z is `sape`. If y and z share a
-    constant, a number takes the place of z. So nothing cancels out, as it does in `x minus x`:
-    every constant that a quantity depends on changes it, and it is uniform modulo p.
+    `x2 x7 minus x9`, of depth 3, y is x7 of depth 2, and z is x9. If y and z share a constant, a
+    number takes the place of z. So nothing cancels out, as it does in `x7 minus x7`: every constant
+    that a quantity depends on changes it, and it is uniform modulo p.
     """
     if depth == 1:
         c = rng.randrange(s.p)
@@ -223,23 +225,13 @@ class Problems:
 
     def text(self, tokens):
         """Token ids as words. tokens (n,)"""
-        syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-        names = [first + second for first in syllables for second in syllables]        # 4,900
-        names = random.Random("names").sample(names, self.args.names)
-        words = WORDS + [str(i) for i in range(self.args.p)] + names
+        numbers = [str(i) for i in range(self.args.p)]
+        words = WORDS + numbers + [f"x{i}" for i in range(self.args.names)]
         return " ".join(words[i] for i in tokens.tolist() if i != PAD)
 
     def show(self, tokens, targets):
-        """One example: the text, then every question with its answer.
-
-        tokens (T,), targets (3 M - 1,)
-        """
-        context = len(tokens) - len(targets)
-        lines = textwrap.wrap(self.text(tokens[:context]), 92)
-        for i in (targets >= 0).nonzero().flatten().tolist():
-            question = self.text(tokens[context + i - 1: context + i + 1])
-            lines.append(f"{question} {targets[i] - ZERO}")
-        return textwrap.indent("\n".join(lines), "  ")
+        """One example as text. All answers but the last are among its tokens."""
+        return textwrap.indent(f"{textwrap.fill(self.text(tokens), 92)} {targets[-1] - ZERO}", "  ")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 A sequence shows the edges of one directed cycle of n nodes in random order. Then it asks: which
 node is k hops after q? The edges are evicted before the first question. To store them is the same
-work for every k; only the number of edges to follow grows. In the first pass a token reads only the
-edges before it, so it follows a chain only as far as the chain stands in order.
+work for every k; only the number of edges to follow grows. In the first pass a token has read only
+the edges before it, so it can follow a chain only where its edges happen to stand in order.
 
     3 -> 0 , 1 -> 3 , 0 -> 2 , 2 -> 1 ,     2 hops after 1 :     edges, then a question (--words)
     3 0 1 3 0 2 2 1                         2 1                  the same: k, then q (--no-words)

@@ -784,7 +784,7 @@ def test_a_script_refuses_bad_input_in_one_line_with_status_2():
             (train_khop, "cut a question", "--L 9"), (train_khop, "--n_law some", "--n_law some"),
             (train_khop, "--deeper", "--deeper 2"),
             (train_gsm, "--p 1 must be", "--p 1"), (train_gsm, "--deeper 2", "--deeper 2"),
-            (train_gsm, "--names 4901", "--names 4901"), (train_gsm, "never full", "--L 53"),
+            (train_gsm, "--names 10001", "--names 10001"), (train_gsm, "never full", "--L 53"),
             (train_gsm, "--questions 0", "--questions 0"), (train_gsm, "--L 0 must", "--L 0"),
             (train_gsm, "--reads 0 must", "--reads 0"), (train_gsm, "--tests 3", "--tests 3"),
             (train_gsm, "40 --names and --T 161", "--questions 40 --names 40"),
