@@ -5,7 +5,7 @@
     python sleep.py --trees children       those of children first
 
 The model that ships, lab/models/trees-N6.pt, has six passes and mixed orders in training:
-lab/pages/trees.md, "Mixed orders". Its weights are rounded to float16.
+lab/pages/jumps.md, "Mixed orders". Its weights are rounded to float16.
 """
 import torch
 

@@ -10,7 +10,7 @@ The task is that of train_khop.py with more than 2 K nodes, so that no answer is
 
 With walk and jump only one k can be asked after a sleep, so that S may overwrite what it knew after
 the pass before. With --grow_N the passes grow during training, and the hops with them. Why those
-numbers: lab/pages/trees.md, "Why does it jump?".
+numbers: lab/pages/jumps.md, "Why does it jump?".
 
     python -m lab.experiments.hops --N 4 --k_law doubles
     python -m lab.experiments.hops --N 8 --k_law jump --grow_N 0.7 --K 21 --nodes 43 --L 86

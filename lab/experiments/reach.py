@@ -36,6 +36,8 @@ TESTS = {                                  # name: (trees, order of their edges)
     "parents first": (3, "parents"),
     "children first": (3, "children"),
 }
+RANDOM = ("trees as in training", "two deeper trees")
+SORTED = ("parents first", "children first")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -207,17 +209,10 @@ def label(run):
 
 
 def draw(runs, path):
-    """The reach, pass by pass; and in a second picture which node is said after each pass."""
+    """Three pictures: the reach in random order, and in other orders; which node is said."""
     kinds = list(dict.fromkeys(label(run) for run in runs))
-    tests = [test for test in TESTS if any(run["test"] == test for run in runs)]
-    fig, axes = figure(2, 2, (10.5, 9.6))
-    for ax in axes.flat[len(tests):]:
-        ax.remove()
-    for ax, test in zip(axes.flat, tests):
-        draw_reach(ax, [run for run in runs if run["test"] == test], kinds, test)
-    legend(fig, axes[0, 0], "a line is a model, a dot its reach after a pass; in pale what pointers reach that "
-           "make no errors, a pass later")
-    save_figure(fig, path)
+    draw_reaches(runs, kinds, RANDOM, path)
+    draw_reaches(runs, kinds, SORTED, path.with_stem(path.stem + "-orders"))
 
     orders = [test for test in TESTS if test != "two deeper trees"]
     fig, axes = figure(len(kinds), len(orders), (4.8 * len(orders), 4.2 * len(kinds)))
@@ -228,6 +223,17 @@ def draw(runs, path):
         row[0].set_ylabel(f"{words}\n\npasses of the sleep")
     fig.suptitle("Which node is said to deep questions, pass by pass? mean of the seeds", fontsize=10)
     save_figure(fig, path.with_stem(path.stem + "-said"))
+
+
+def draw_reaches(runs, kinds, tests, path):
+    """The reach pass by pass, a panel for each of the tests that was run."""
+    tests = [test for test in tests if any(run["test"] == test for run in runs)]
+    fig, axes = figure(1, len(tests), (5.25 * len(tests), 5.2))
+    for ax, test in zip(axes.flat, tests):
+        draw_reach(ax, [run for run in runs if run["test"] == test], kinds, test)
+    legend(fig, axes[0, 0], "a line is a model, a dot its reach after a pass;\nin pale what pointers "
+           "reach that make no errors, a pass later")
+    save_figure(fig, path)
 
 
 def draw_reach(ax, runs, kinds, test):
