@@ -3025,6 +3025,32 @@ def test_the_table_of_the_readme_holds_the_means_of_results():
                 assert [run["accuracy"] for run in in_both] == [run["accuracy"] for run in of_row]
     assert checked == 15
 
+def test_the_reaches_on_the_page_of_jumps_are_those_of_the_results_that_it_names():
+    checked = 0
+    text = (HERE / "lab/pages/jumps.md").read_text(encoding="utf-8")
+    for results, header, rows in tables(text):
+        if not header[0].startswith("reach after so many passes"):
+            continue
+        runs = common.read_results(RESULTS / f"{results}.json")["runs"]
+        trained_N = None
+        for row in rows:
+            named = re.match(r"(?:N = (\d+): )?([a-z ]+)", row[0])
+            trained_N = named[1] or trained_N                  # as in the rows above
+            of_row = [run for run in runs if run["test"] == named[2].strip() and not run["near"]
+                      and run["trained_N"] == int(trained_N or run["trained_N"])]
+            if results == "trees-reach-by-pass":               # the page's table is of these alone
+                of_row = [run for run in of_row if (run["layout"], run["trained_depth"]) == ("as", 11)]
+            if results == "trees-reach-changed":
+                of_row = [run for run in of_row if run["order"] == "mixed"]
+            assert of_row, (results, row[0])
+            for passes, cell in zip(header[1:], row[1:]):
+                after = int(passes.split(",")[0])
+                found = [reach.reach(run["accuracy"])[after - 1] for run in of_row]
+                assert cell.split() == [str(edges) for edges in found], (results, row[0], passes)
+                checked += 1
+    assert checked > 180, checked
+
+
 
 # ------------------------------------------------------------------------------------------------
 # Pages: links, commands, code
