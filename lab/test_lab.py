@@ -2687,10 +2687,12 @@ def test_the_demonstration_of_trees_prints_what_the_model_answers_after_each_pas
 
 def test_the_model_of_trees_that_ships_is_small_and_jumps():
     assert demo.TREES.stat().st_size <= 500_000
-    text = runs_well(demo.main, ["--trees", "parents"])
-    rows = re.findall(r"after pass \d +(.*?) +(\d+) of 33", text)
-    found = [cells.count("[") for cells, _ in rows]            # roots on a way of 11 edges
-    assert found[:6] == [0, 1, 3, 5, 10, 11] and rows[5][1] == "33"
+    for order, wanted in (("parents", [0, 1, 2, 4, 8, 11]),    # powers of two
+                          ("children", [0, 1, 1, 2, 3, 5])):   # Fibonacci numbers
+        text = runs_well(demo.main, ["--trees", order])
+        rows = re.findall(r"after pass \d +(.*?) +(\d+) of 33", text)
+        found = [cells.count("[") for cells, _ in rows]        # roots on a way of 11 edges
+        assert found[:6] == wanted and rows[7][1] == "33", found
 
 
 def test_the_interactive_page_works_offline_and_answers_a_click():

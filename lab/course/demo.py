@@ -24,7 +24,7 @@ from lab.common import LAB, parser, program
 from lab.course import demo_trees
 
 SHIPPED = LAB / "models" / "khop-N3.pt"
-TREES = LAB / "models" / "trees-N6.pt"
+TREES = LAB / "models" / "trees-N7.pt"
 
 
 class Frame(NamedTuple):
@@ -288,7 +288,7 @@ def main(argv):
                    help="three trees in the place of a cycle, with their edges in this order "
                         "(random; parents or children first)")
     p.add_argument("--checkpoint", type=Path,
-                   help="default: lab/models/khop-N3.pt, with --trees trees-N6.pt")
+                   help="default: lab/models/khop-N3.pt, with --trees trees-N7.pt")
     p.add_argument("--no_color", action="store_true", help="mark right answers by brackets")
     args = p.parse_args(argv)
     torch.set_num_threads(1)               # so small a model is no faster with more

@@ -4,8 +4,8 @@
     python sleep.py --trees parents        those of parents first
     python sleep.py --trees children       those of children first
 
-The model that ships, lab/models/trees-N6.pt, has six passes and mixed orders in training:
-lab/pages/jumps.md, "Mixed orders". Its weights are rounded to float16.
+The model that ships, lab/models/trees-N7.pt, had seven passes and edges in random order in
+training: lab/pages/jumps.md, "Seven passes". Its weights are rounded to float16.
 """
 import torch
 
