@@ -755,9 +755,9 @@ def train(task, cfg, settings, path, make_model=None, draw_N=None):
     """Train one model -> the model, its optimizers, and its run, a dict (see lab/pages/files.md).
 
     cfg: the model's shape. settings: all flags of this run, a dict; those of cfg are among them.
-    path: of its checkpoint; training goes on from there if it exists. make_model(cfg, settings)
-    gives another model than SleepLM, a subclass of it; draw_N(step, settings) the passes of a
-    training step, if they are not always settings["N"].
+    path: of its checkpoint; training goes on from there if it exists.
+    Two hooks for the variants in lab/: make_model(cfg, settings) gives a subclass of SleepLM in its
+    place, and draw_N(step, settings) the passes of a training step, if they are not always N.
 
     Every `eval_every` steps: evaluate, and save all that it takes to go on exactly from here.
     BadInput if the loss or a weight is not finite.

@@ -62,7 +62,7 @@ def phrase(*words):
 class Cycles:
     """The task, as sleep.main wants it.
 
-    A cycle is n (B, 1), its number of nodes, and name (B, nodes): name[i] is the node at place i,
+    A cycle is n (B, 1), its number of nodes, and cycle (B, nodes): cycle[i] is the node at place i,
     and an edge goes from place i to place i + 1, modulo n. Places from n on are not used.
     """
     name = "khop"
@@ -132,14 +132,14 @@ class Cycles:
         B = 512 if test else self.batch_size
         g = torch.Generator(self.device)
         g.manual_seed(0 if test else self.seed * 10 ** 9 + step + 1)
-        n, name = self.draw_cycles(B, test, g)
-        edges = self.write_edges(n, name, g)
-        questions, targets = self.ask_questions(n, name, step, g)
+        n, cycle = self.draw_cycles(B, test, g)
+        edges = self.write_edges(n, cycle, g)
+        questions, targets = self.ask_questions(n, cycle, step, g)
         padding = torch.full((B, self.pad), PAD, device=self.device)
         return torch.cat([padding, edges, questions], 1), targets
 
     def draw_cycles(self, B, test, g):
-        """-> n (B, 1) and name (B, nodes). One cycle in eight is kept for the test, by a hash."""
+        """-> n (B, 1) and cycle (B, nodes). One cycle in eight is kept for the test, by a hash."""
         # Draw more than B, keep B on the right side of the hash. On average 12 B / 8 are test
         # cycles, or 2 B * 7 / 8 training cycles; fewer than B has a probability below 1e-12.
         rows = 12 * B if test else max(2 * B, B + 30)
@@ -150,45 +150,45 @@ class Cycles:
         if test or self.n_law == "all":
             n = torch.full_like(n, self.nodes)
         n = n[:, None]                                         # (rows, 1)
-        # Not used. Without it all later draws would change, and with them every recorded run.
+        # An unused draw: it keeps recorded runs reproducible, as all later draws depend on it.
         torch.rand(rows, generator=g, device=self.device)
-        name = torch.rand(rows, self.nodes, generator=g, device=self.device).argsort(1)
+        cycle = torch.rand(rows, self.nodes, generator=g, device=self.device).argsort(1)
 
         place = torch.arange(self.nodes, device=self.device)
-        after = name.gather(1, (place + 1) % n)                # the node that name[place] points to
+        after = cycle.gather(1, (place + 1) % n)               # the node that cycle[place] points to
         # The hash is of a sum over edges, so a cycle has the same code wherever it begins.
-        code = (name + 1) * (after + 1) * (place < n)
+        code = (cycle + 1) * (after + 1) * (place < n)
         code = code.sum(1) * 2654435761 % 2 ** 32              # Knuth's multiplicative hash
         right_side = (code < 2 ** 29) == test
         first = right_side.int().argsort(descending=True, stable=True)[:B]
-        return n[first], name[first]
+        return n[first], cycle[first]
 
-    def write_edges(self, n, name, g):
-        """n, name -> tokens (B, nodes * 2 or 4): the edges in random order, padding before them."""
+    def write_edges(self, n, cycle, g):
+        """n, cycle -> tokens (B, nodes * 2 or 4): the edges in random order, padding before them."""
         place = torch.arange(self.nodes, device=self.device)
-        source = self.node + name
-        target = self.node + name.gather(1, (place + 1) % n)
+        source = self.node + cycle
+        target = self.node + cycle.gather(1, (place + 1) % n)
         edges = phrase(source, ARROW, target, COMMA) if self.words else phrase(source, target)
         used = place < n                                       # (B, nodes)
         edges = torch.where(used[..., None], edges, PAD)
-        key = torch.rand(name.shape, generator=g, device=self.device)
+        key = torch.rand(cycle.shape, generator=g, device=self.device)
         order = torch.where(used, key, -1.0).argsort(1)        # the padding first
         return edges.gather(1, order[..., None].expand_as(edges)).flatten(1)
 
-    def ask_questions(self, n, name, step, g):
-        """n, name -> tokens of the questions and their targets, both (B, M * ask).
+    def ask_questions(self, n, cycle, step, g):
+        """n, cycle -> tokens of the questions and their targets, both (B, M * ask).
 
         A question starts at a place that no other one of its sequence has. A cycle of fewer than M
         nodes has fewer questions; the rest is padding.
         """
         place = torch.arange(self.nodes, device=self.device)
-        key = torch.rand(name.shape, generator=g, device=self.device)
+        key = torch.rand(cycle.shape, generator=g, device=self.device)
         order = torch.where(place < n, key, 2.0).argsort(1)    # the unused places last
         start = order[:, :self.M]
         asked = start < n                                      # (B, M)
         k = self.draw_k(start.shape, step, g)
-        q = self.node + name.gather(1, start)
-        a = self.node + name.gather(1, (start + k) % n)
+        q = self.node + cycle.gather(1, start)
+        a = self.node + cycle.gather(1, (start + k) % n)
 
         number = ONE - 1 + k
         words = [number, HOPS, AFTER, q, COLON] if self.words else [number, q]
