@@ -3040,7 +3040,7 @@ def test_the_reaches_on_the_page_of_jumps_are_those_of_the_results_that_it_names
             trained_N = named[1] or trained_N                  # as in the rows above
             of_row = [run for run in runs if run["test"] == named[2].strip() and not run["near"]
                       and run["trained_N"] == int(trained_N or run["trained_N"])]
-            if results == "trees-reach-by-pass":               # the page's table is of these alone
+            if results == "trees-reach-by-pass":               # the page's table is of N = 7 alone
                 of_row = [run for run in of_row if (run["layout"], run["trained_depth"]) == ("as", 11)]
             if results == "trees-reach-changed":
                 of_row = [run for run in of_row if run["order"] == "mixed"]
