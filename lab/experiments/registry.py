@@ -156,8 +156,11 @@ EXPERIMENTS = {
         }, results="hops"),
     "eight_hops": Experiment(
         "hops", "Twenty nodes, and k grows slowly: how many hops do N passes answer?", {
+            f"{SLOW} --N 1": "1 pass",
             f"{SLOW} --N 2": "2 passes",
+            f"{SLOW} --N 3": "3 passes",
             f"{SLOW} --N 4": "4 passes",
+            f"{SLOW} --N 5": "5 passes",
             f"{SLOW} --N 6": "6 passes",
             f"{SLOW} --N 8": "8 passes",
             f"{SLOW} --N 4 --layout ass": "4 passes, two SSM blocks",
