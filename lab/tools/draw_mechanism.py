@@ -102,8 +102,8 @@ def draw(path):
         cells(ax, x, EVICTED_AT, "✕" * 6, FADED, size=20)
         text(ax, x + WIDTH / 2, 42.7, r"evicted: cache and $\mathit{h}$")
         carry(ax, x)
-    column(ax, last, "answer window", "awake: 2 hops after 5?", AWAKE, "25", ["one pass"])
-    text(ax, last + WIDTH / 2, PASS_AT[1] + 1.6, "answer: 1", size=15, weight="bold")
+    column(ax, last, "answer window", "awake: 2 hops after 0?", AWAKE, "20", ["one pass"])
+    text(ax, last + WIDTH / 2, PASS_AT[1] + 1.6, "answer: 7", size=15, weight="bold")
     for y, name, words, color in ((40, "h", "features", H), (36, "S", "fast weights", S)):
         symbol(ax, last + 4, y, name, color)
         text(ax, last + 6, y, words, color, 14, ha="left")
