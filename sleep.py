@@ -767,15 +767,15 @@ def train(task, cfg, settings, path, make_model=None, draw_N=None):
     gradients = make_gradients(model, settings["compile"], settings["recompute"])
     start = time.monotonic() - run["seconds"]
     first = run["steps"]
-    # Both stay on the device: to read a number makes a GPU wait, so it is done every eval_every steps.
+    # Both stay on the device until an evaluation: to read a number makes the CPU wait for a GPU.
     loss_sum = torch.zeros((), device=settings["device"])
-    grad_max = torch.zeros((), device=settings["device"])      # largest gradient norm
+    grad_max = torch.zeros((), device=settings["device"])      # largest gradient norm: shown, not cut
     progress = tqdm(range(first, steps), path.stem, steps, leave=False, initial=first, disable=None)
     for step in progress:
         set_phase(model, optimizers, settings, step)
         tokens, targets, *_ = task.make_batch(step)
         N = draw_N(step, settings) if draw_N else cfg.N
-        loss = gradients(tokens, targets, N)                   # zero_grad, forward, backward
+        loss = gradients(tokens, targets, N)                   # forward_backward, maybe compiled
         loss_sum = loss_sum + loss
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         grad_max = grad_max.maximum(nn.utils.get_total_norm(grads))
@@ -816,7 +816,7 @@ def set_phase(model, optimizers, settings, step):
     rate = min(1.0, (settings["steps"] - step) / cooldown_steps)           # 1, then linear towards 0
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate
+            group["lr"] = group["initial_lr"] * rate           # of what it was made with
     model.cfg = replace(model.cfg, eviction="hard" if warming_up else settings["eviction"])
     for block in model.blocks:
         block.requires_grad_(block.kind == "s" or not warming_up)
@@ -846,7 +846,7 @@ class Muon(torch.optim.Optimizer):
                 if rows > columns:
                     X = X.mT                                               # (n, short, long)
                 X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-                for _ in range(5):             # Newton-Schulz: all singular values go towards 1
+                for _ in range(5):             # Newton-Schulz: singular values go to 0.7 to 1.2
                     A = X @ X.mT
                     X = 3.4445 * X + (2.0315 * A @ A - 4.775 * A) @ X
                 if rows > columns:
@@ -868,8 +868,17 @@ def make_optimizers(model, lr_muon, lr_adamw):
     return [muon, adamw]
 
 
+def forward_backward(model, tokens, targets, asleep, N):
+    """The loss (Algorithm 1, lines 1-11). Its gradients are then in p.grad."""
+    model.zero_grad()
+    _, loss = model.algorithm_1(tokens, targets, asleep, N)
+    with torch.autocast(tokens.device.type, enabled=False):                # whatever is around it
+        loss.backward()
+    return loss.detach()
+
+
 def make_gradients(model, compile, recompute):
-    """-> f(tokens (B, T), targets (B, M), N), the loss; its gradients are then in p.grad.
+    """-> f(tokens (B, T), targets (B, M), N): forward_backward, made fast or small in memory.
 
     compile: fuse every block. recompute: save memory, see SleepLM.one_pass. On CUDA a step is
     recorded as a CUDA graph (see the end of this file), but not with recompute.
@@ -878,14 +887,7 @@ def make_gradients(model, compile, recompute):
         for block in model.blocks:
             block.compile(fullgraph=True, dynamic=False)
     model.recompute = recompute
-
-    def step(tokens, targets, asleep, N):
-        model.zero_grad()
-        loss = model.algorithm_1(tokens, targets, asleep, N)[1]
-        with torch.autocast(tokens.device.type, enabled=False):            # whatever is around it
-            loss.backward()
-        return loss.detach()
-
+    step = partial(forward_backward, model)
     if model.head.weight.is_cuda and not recompute:
         step = CudaGraphs(model, step)
 

@@ -15,8 +15,9 @@ than that of the deepest quantity in its sentence. Here it is 3.
     python train_gsm.py --preset paper --batch_size 32 --recompute --L 512 --eviction sliding \
         --warmup 1562                                                               Section 6.4
 
-The preset `paper` has the paper's lengths, but trains from scratch. There the first 2,000 tokens are
-evicted; the rest shares a window with the answer and stays in view.
+The preset `paper` has the paper's lengths, but trains from scratch; its batch of 256 may not fit
+one GPU, hence 32. There the first 2,000 tokens are evicted; the rest shares a window with the
+answer and stays in view.
 
 Our choice: how problems are made. The paper takes GSM-Infinite's, which also has reverse problems:
 they hide a constant and tell a result. A training text asks for several quantities, which is
@@ -52,7 +53,7 @@ FLAGS = dict(
     T="tokens before the answers; a batch has one of these, the test the largest",
     p="all numbers are modulo p",
     names="quantities that a text can speak of",
-    deeper="first share of the steps, in which training questions get deeper, from 1 read on",
+    deeper="first share of the steps, in phases: questions take at most 1 read, then 2, and so on",
     tests="problems of the test, as many of each depth")
 LIMITS = dict(reads=(1, 50), questions=(1, 1000), T=(1, 10_000), L=(1, 10_000), p=(2, 100),
               names=(20, 10_000), tests=(1, 10_000), batch_size=(1, 10_000), deeper=(0, 1))
@@ -67,7 +68,7 @@ LONGEST = 5                                # tokens of a sentence with two quant
 
 
 # ------------------------------------------------------------------------------------------------
-# A problem. `s` are the settings: p, names.
+# A problem. Of args only p and names are used.
 
 class Quantity(NamedTuple):
     sentence: list             # tokens of its definition, the first is its name
@@ -75,7 +76,7 @@ class Quantity(NamedTuple):
     constants: frozenset       # names of the constants that it depends on
 
 
-def define(s, name, depth, by_depth, rng):
+def define(args, name, depth, by_depth, rng):
     """A new quantity of this depth. by_depth[d]: the quantities of depth d so far, a list.
 
     It is a copy of y, a quantity of the depth before, or y plus or minus another one, z: in
@@ -84,33 +85,33 @@ def define(s, name, depth, by_depth, rng):
     that a quantity depends on changes it, and it is uniform modulo p.
     """
     if depth == 1:
-        c = rng.randrange(s.p)
+        c = rng.randrange(args.p)
         return Quantity([name, ZERO + c, END], c, frozenset([name]))
     y = rng.choice(by_depth[depth - 1])
     z = rng.choice(rng.choice(by_depth[1:depth]))
     form = rng.choice((END, PLUS, MINUS))                      # a copy, a sum or a difference
     if form == END:
         return Quantity([name, y.sentence[0], END], y.value, y.constants)
-    c = rng.randrange(1, s.p)
+    c = rng.randrange(1, args.p)
     number = Quantity([ZERO + c], c, frozenset())
     other = z if y.constants.isdisjoint(z.constants) else number
     a, b = rng.sample((other, y), 2)
     value = a.value + b.value if form == PLUS else a.value - b.value
     said = [a.sentence[0], form, b.sentence[0]]
-    return Quantity([name, *said, END], value % s.p, a.constants | b.constants)
+    return Quantity([name, *said, END], value % args.p, a.constants | b.constants)
 
 
-def make_text(s, room, deepest, rng):
+def make_text(args, room, deepest, rng):
     """Quantities up to a depth, whose sentences fill `room` tokens -> by_depth, as in `define`.
 
     The next one gets the depth that has the fewest so far. A depth can be used as soon as the depth
     before it has a quantity.
     """
     by_depth = [[] for _ in range(deepest + 1)]
-    for name in rng.sample(range(ZERO + s.p, ZERO + s.p + s.names), s.names):
+    for name in rng.sample(range(ZERO + args.p, ZERO + args.p + args.names), args.names):
         reached = [d for d in range(1, deepest + 1) if d == 1 or by_depth[d - 1]]
         depth = min(reached, key=lambda d: (len(by_depth[d]), rng.random()))
-        quantity = define(s, name, depth, by_depth, rng)
+        quantity = define(args, name, depth, by_depth, rng)
         room -= len(quantity.sentence)
         if room < 0:
             break
@@ -118,12 +119,12 @@ def make_text(s, room, deepest, rng):
     return by_depth
 
 
-def make_problem(s, T, deepest, depths, rng):
+def make_problem(args, T, deepest, depths, rng):
     """Questions of these depths and a text up to the deepest, in T tokens; then the answers.
 
     -> tokens (T + 3 * questions), and the sentences, sorted: a text without its order
     """
-    by_depth = make_text(s, T - len(depths) - 1, deepest, rng)
+    by_depth = make_text(args, T - len(depths) - 1, deepest, rng)
     sentences = [q.sentence for quantities in by_depth for q in quantities]
     rng.shuffle(sentences)
     for quantities in by_depth:

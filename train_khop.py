@@ -42,7 +42,7 @@ FLAGS = dict(
     queries="questions in a sequence, with distinct starts",
     words="4 tokens an edge and 5 a question, as in the paper; else 2 and 2",
     feed="as in the paper, every answer follows its question in the input, where later ones see it",
-    deeper="first share of the steps, in which the largest k that is trained grows from 1 to K",
+    deeper="first share of the steps, in K equal phases: k is at most 1, then 2, and so on",
     n_law="nodes in training: all, or law = 1 / (n + sqrt(nodes)) from 3 on")
 
 # Tokens: seven words, of which ONE is the number 1, then 2..K, then the nodes.
@@ -74,7 +74,7 @@ class Cycles:
         self.words = args.words
         self.feed = args.feed
         self.n_law = args.n_law
-        self.deeper = args.deeper * args.steps                 # steps until k reaches K
+        self.deeper = args.deeper * args.steps                 # steps of the K phases
         self.batch_size = args.batch_size
         self.seed = seed
         self.device = args.device
@@ -146,16 +146,16 @@ class Cycles:
         sizes = torch.arange(3, self.nodes + 1, device=self.device)
         weights = 1 / (sizes + math.sqrt(self.nodes))
         n = sizes[torch.multinomial(weights, rows, replacement=True, generator=g)]
-        # n is drawn in both cases, so that they have the same names and questions at a step.
+        # n is drawn even where it is not used, and the numbers below it never are: every recorded
+        # run depends on the order of draws.
         if test or self.n_law == "all":
             n = torch.full_like(n, self.nodes)
-        n = n[:, None]                                         # (rows, 1)
-        # An unused draw: it keeps recorded runs reproducible, as all later draws depend on it.
         torch.rand(rows, generator=g, device=self.device)
+        n = n[:, None]                                         # (rows, 1)
         cycle = torch.rand(rows, self.nodes, generator=g, device=self.device).argsort(1)
 
         place = torch.arange(self.nodes, device=self.device)
-        after = cycle.gather(1, (place + 1) % n)               # the node that cycle[place] points to
+        after = cycle.gather(1, (place + 1) % n)               # the node after cycle[place]
         # The hash is of a sum over edges, so a cycle has the same code wherever it begins.
         code = (cycle + 1) * (after + 1) * (place < n)
         code = code.sum(1) * 2654435761 % 2 ** 32              # Knuth's multiplicative hash
