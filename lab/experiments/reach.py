@@ -199,6 +199,8 @@ def label(run):
         words += ", mixed orders"
     if run["update_rule"] == "read_before":
         words += ", reads the S before the pass"
+    elif run["update_rule"] != "gated_delta":
+        words += f", {run['update_rule']}"
     n_ssm = run["layout"].count("s")
     words += f", {n_ssm} SSM block{'s' * (n_ssm > 1)}"
     if "a" not in run["layout"]:
