@@ -43,7 +43,7 @@ ONE_TO_FOUR = {
 }
 ALTERNATING = "alternating, hard eviction (the preset)"
 SMALL_CYCLE = "--nodes 12 --K 4 --queries 12 --L 24 --d_model 64 --batch_size 64 --steps 1200"
-SLOW = "--deeper 0.8 --steps 3000 --seed 0"
+SLOW = "--deeper 0.8 --steps 3000"
 DEEPER_N = (1, 2, 3, 4, 6, 8, 12, 16)
 
 EXPERIMENTS = {
@@ -160,11 +160,15 @@ EXPERIMENTS = {
             f"{SLOW} --N 2": "2 passes",
             f"{SLOW} --N 3": "3 passes",
             f"{SLOW} --N 4": "4 passes",
-            f"{SLOW} --N 5": "5 passes",
             f"{SLOW} --N 6": "6 passes",
-            f"{SLOW} --N 8": "8 passes",
             f"{SLOW} --N 4 --layout ass": "4 passes, two SSM blocks",
         }, results="hops-eight"),
+    "eight_hops_by_pass": Experiment(
+        "hops", "Twenty nodes, and k grows slowly: how many hops are answered after each pass?", {
+            f"{SLOW} --N 5 --seed 0 1 2": "trained with 5 passes",
+            f"{SLOW} --N 8": "trained with 8 passes",
+        }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 7, 8, 9, 12),
+        results="hops-eight-by-pass"),
     "layouts": Experiment(
         "khop", "Which hybrid, with and without sleep, at the same compute?", {
             "--N 1 --layout aa --eviction sliding --steps 2900":
