@@ -11,8 +11,8 @@ t, but a larger t is a deeper question. (Up to t = W / 2 it also makes more cell
     python train_ca.py                            N = 1 against N = 3, minutes on two CPU cores
     python train_ca.py --preset paper             Section 6.1's model and data, for a GPU
 
-Our choice: the tape is a ring. Between borders of zeros the first cell is the same for every tape
-from t = 12 on, so there would be nothing to ask.
+Our choice: the tape is a ring. Between borders of zeros, the first cell would be the same for every
+tape as soon as t is 12, so there would be nothing to ask.
 """
 from functools import cache
 
