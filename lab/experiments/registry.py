@@ -165,8 +165,9 @@ EXPERIMENTS = {
         }, results="hops-eight"),
     "eight_hops_by_pass": Experiment(
         "hops", "Twenty nodes, and k grows slowly: how many hops are answered after each pass?", {
-            f"{SLOW} --N 5 --seed 0 1 2": "trained with 5 passes",
-            f"{SLOW} --N 8": "trained with 8 passes",
+            f"{SLOW} --N 5 --seed 0": "trained with 5 passes, seed 0",
+            f"{SLOW} --N 5 --seed 1": "trained with 5 passes, seed 1",
+            f"{SLOW} --N 8 --seed 0": "trained with 8 passes, seed 0",
         }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 7, 8, 9, 12),
         results="hops-eight-by-pass"),
     "layouts": Experiment(
