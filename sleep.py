@@ -769,7 +769,7 @@ def train(task, cfg, settings, path, make_model=None, draw_N=None):
     first = run["steps"]
     # Both stay on the device until an evaluation: to read a number makes the CPU wait for a GPU.
     loss_sum = torch.zeros((), device=settings["device"])
-    grad_max = torch.zeros((), device=settings["device"])      # largest gradient norm: shown, not cut
+    grad_max = torch.zeros((), device=settings["device"])      # largest norm, logged, not clipped
     progress = tqdm(range(first, steps), path.stem, steps, leave=False, initial=first, disable=None)
     for step in progress:
         set_phase(model, optimizers, settings, step)
