@@ -262,7 +262,7 @@ def draw_reach(ax, runs, kinds, test):
     ax.set_yticks(ticks, [0] + ticks[1:])
     ax.minorticks_off()
     ax.set(xlim=(0.5, 16.5), ylim=(0.42, deepest * 1.3), xlabel="passes of the sleep at the test")
-    ax.set_ylabel(f"reach: the deepest question with {ENOUGH}, in edges")
+    ax.set_ylabel(f"reach, in edges (right in {ENOUGH})")
     ax.set_title(f"{test}, {deepest} edges deep", fontsize=10)
 
 
