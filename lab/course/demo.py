@@ -241,8 +241,8 @@ def show(model, task, edges, color):
 def print_frame(frame, n_windows, truth, color):
     n = truth.shape[1]
     where = f"window {frame.window + 1} of {n_windows}, " if n_windows > 1 else ""
-    print(f"\n{where}after pass {frame.n}: h moved by {frame.h_moved:.2f} of its length, S by "
-          f"{frame.S_moved:.2f}")
+    print(f"\n{where}after pass {frame.n}: h changed by {frame.h_moved:.0%} of its length, S by "
+          f"{frame.S_moved:.0%}")
     print("  after node " + "".join(f"{q:5}" for q in range(n)) + "     right")
     rows = zip(frame.answers.argmax(-1).tolist(), truth.tolist())
     for k, (answers, right_nodes) in enumerate(rows, 1):

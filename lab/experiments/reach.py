@@ -3,6 +3,8 @@
     python -m lab.experiments.reach out/experiments/trees*/N6-seed?.pt --out reach.png
     python -m lab.experiments.reach out/mixed/N6-seed0.pt --near 8        attention looks back 8 tokens only
     python -m lab.experiments.reach --draw lab/results/trees-reach-by-pass.json         draw it again
+    python -m lab.experiments.reach --draw lab/results/trees-reach-by-pass.json --short \
+        --out lab/pictures/trees-jump.png                      the picture of README
 
 Checkpoints of lab.experiments.trees. The model sleeps over new trees for up to --passes passes. After
 every pass it is asked for the root of each node. The reach after a pass is the deepest question that it
@@ -266,6 +268,37 @@ def draw_reach(ax, runs, kinds, test):
     ax.set_title(f"{test}, {deepest} edges deep", fontsize=10)
 
 
+def draw_short(runs, path):
+    """One panel: the deeper trees, models with one SSM block, no machines."""
+    runs = [run for run in runs if run["test"] == "two deeper trees" and run["layout"] == "as"]
+    if not runs:
+        raise sleep.BadInput("there are no runs of two deeper trees with the layout as: leave out --short.")
+    deepest = len(runs[0]["accuracy"][0])
+    passes = range(1, len(runs[0]["accuracy"]) + 1)
+    fig, axes = figure(1, 1, (7.5, 4))
+    ax = axes[0, 0]
+    kinds = list(dict.fromkeys((run["trained_N"], run["trained_depth"]) for run in runs))
+    for i, (N, depth) in enumerate(kinds):
+        of_kind = [run for run in runs if (run["trained_N"], run["trained_depth"]) == (N, depth)]
+        seeds = "one seed" if len(of_kind) == 1 else f"{len(of_kind)} seeds"
+        words = f"trained with {N} passes, on depths up to {depth} ({seeds})"
+        for run in of_kind:
+            depths = [depth or ZERO_AT for depth in reach(run["accuracy"])]
+            ax.plot(passes, depths, f"C{i}o-", ms=4, lw=1.2, alpha=0.7, label=words)
+            words = None
+    ax.plot(passes, [max(n - 3, 0.1) for n in passes], "k:", lw=1, label="one edge a pass")
+    ax.plot(passes, [2.0 ** (n - 4) for n in passes], "k--", lw=1, label="doubling with every pass")
+    ax.axhline(deepest, color="0.6", lw=1, label=f"the deepest question: {deepest} edges")
+    ticks = [ZERO_AT, 1, 2, 4, 8, 16]
+    ax.set_yscale("log", base=2)
+    ax.set_yticks(ticks, [0] + ticks[1:])
+    ax.minorticks_off()
+    ax.set(xlim=(0.5, len(passes) + 0.5), ylim=(0.42, deepest * 1.3), xlabel="passes of the sleep at the test")
+    ax.set_ylabel(f"reach: edges up to which\naccuracy is at least {ENOUGH}")
+    ax.legend(loc="lower right", fontsize=9, frameon=False)
+    save_figure(fig, path)
+
+
 def draw_said(ax, runs, test):
     """The share of answers to deep questions, by pass and edges up; mean of the seeds."""
     n_passes = min(8, len(runs[0]["said"]))
@@ -292,6 +325,7 @@ def main(argv):
     p.add_argument("--near", type=int, default=0, help="tokens that attention sees at the test; 0: all")
     p.add_argument("--out", type=Path, help="the picture; default: out/reach.png")
     p.add_argument("--draw", type=Path, metavar="FILE", help="draw a file of numbers; nothing is measured")
+    p.add_argument("--short", action="store_true", help="with --draw: one panel, as in README")
     args = p.parse_args(argv)
     if args.draw:
         out = args.out or picture_of(args.draw)
@@ -310,7 +344,10 @@ def main(argv):
         check_output(out, ".png")
         runs = measure_all(args.checkpoint, args.passes, args.near)
         write_results(out.with_suffix(".json"), dict(runs=runs))
-    draw(runs, out)
+    if args.short:
+        draw_short(runs, out)
+    else:
+        draw(runs, out)
     print(f"saved: {out}")
 
 
