@@ -5,14 +5,14 @@ come a separator and one label a tape. The label is the tape's first cell after 
 Every tape is evicted before the first label is asked for. The tapes take the same space for every
 t, but a larger t is a deeper question. (Up to t = W / 2 it also makes more cells matter.)
 
-    0 1 1 0 | 1 0 0 1 | = y1        inputs of two tapes of W = 4 cells, three windows
-                        y1 y2       targets of the last window
+    0 1 1 0 | 1 0 0 1 | =  y1        inputs of two tapes of W = 4 cells, three windows
+                        y1 y2        targets of the last window
 
     python train_ca.py                            N = 1 against N = 3, minutes on two CPU cores
     python train_ca.py --preset paper             Section 6.1's model and data, for a GPU
 
-Our choice: the tape is a ring. Between borders of zeros, the first cell would be the same for every
-tape as soon as t is 12, so there would be nothing to ask.
+Our choice: the tape is a ring. Between borders of zeros, the first cell would be 1 for all but one in
+8,192 tapes as soon as t is 12, so there would be nothing to ask.
 """
 from functools import cache
 
@@ -36,8 +36,8 @@ FLAGS = dict(
     t="steps of the rule: the depth of the question",
     W="cells of a ring",
     tapes="tapes in a sequence",
-    split="which patterns are kept for the test: the number of a hash")
-LIMITS = dict(rule=(0, 255), t=(0, 1000), W=(8, 60), tapes=(1, 10_000), split=(0, 999))
+    split="a number that chooses the patterns kept for the test")
+LIMITS = dict(rule=(0, 255), t=(0, 1000), W=(8, 60), tapes=(1, 100), split=(0, 999))
 SEPARATOR = 2                                                  # 0 and 1 are the cells
 
 
@@ -52,7 +52,7 @@ def evolve(cells, rule, t):
 
 
 @cache
-def deciding(rule, t, W):
+def deciding_cells(rule, t, W):
     """The cells by whose pattern tapes are kept for the test, as a number: cell i is bit i.
 
     They are the cells that matter: flipping one changes the label of at least 30 % of 2^12 random
@@ -92,9 +92,12 @@ class Tapes:
             raise sleep.BadInput(f"--L {args.L} must divide the {self.n_tapes} * {self.W} cells, "
                                  "so that all of them are evicted before the first label.")
         self.T = self.n_tapes * self.W + 1 + (self.n_tapes - 1)        # see make_batch
-        self.deciding_cells = deciding(self.rule, self.t, self.W)
+        self.deciding = deciding_cells(self.rule, self.t, self.W)
         self.test = self.make_batch(-1)
         self.chance = self.best_constant(self.test[1])
+        if self.chance["exact"] == 1:
+            raise sleep.BadInput("every label of the test is the same, so there is nothing to learn: "
+                                 "take another --rule or --t.")
 
     def best_constant(self, labels):
         """The score of the best constant guess: for `exact` one row, for `bit` one label a tape.
@@ -109,10 +112,10 @@ class Tapes:
     def held_out(self, tape):
         """Is a tape (any shape, numbers whose bit i is cell i) for the test? -> bool, same shape
 
-        One in eight of the patterns of the cells that matter is, with all tapes that show it. So
-        the test asks new questions, unless `deciding` found fewer than 7 such cells.
+        About one in eight of the patterns of the cells that matter is kept for it, with all tapes
+        that show it. So the test asks new questions, unless fewer than 7 cells matter.
         """
-        x = tape & self.deciding_cells
+        x = tape & self.deciding
         x = (x ^ (x >> 30)) + self.split * 0x9E3779B9
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):     # the mixing of MurmurHash3
             x = x ^ ((x & 0xFFFFFFFF) >> shift)
@@ -127,10 +130,13 @@ class Tapes:
         draws = 256 if test else 16
         g = torch.Generator(self.device)
         g.manual_seed(0 if test else self.seed * 10 ** 9 + step + 1)
-        # Of many draws the first one on the right side is taken. That all of them are on the wrong
-        # side has a probability below 1e-14.
+        # Of many draws the first one on the right side is taken. If an eighth is kept for the test,
+        # all are on the wrong side with a probability below 1e-14.
         tape = torch.randint(1 << self.W, (B, self.n_tapes, draws), generator=g, device=self.device)
         right_side = self.held_out(tape) == test
+        if test and not right_side.any(-1).all():
+            raise sleep.BadInput(f"--split {self.split} keeps too few patterns for the test: take "
+                                 "another.")
         first = right_side.int().argmax(-1, keepdim=True)
         tape = tape.gather(-1, first)                          # (B, tapes, 1)
         cells = (tape >> torch.arange(self.W, device=self.device)) & 1         # (B, tapes, W)

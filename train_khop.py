@@ -14,8 +14,8 @@ help with the next question. (With --feed it is, as in the paper.)
     python train_khop.py                    N = 1 against N = 3, minutes on two CPU cores
     python train_khop.py --preset paper     Section 6.2's sizes, for a GPU
 
-Our choice: the distribution of n in training. In the cpu preset every cycle has all nodes. The
-larger presets take that of Physics of Language Models 4.1, n from 3 on with weight 1 / (n +
+Our choice, as the paper does not say it: n in training. In the cpu preset every cycle has all
+nodes. The larger presets take n as in Physics of Language Models 4.1, from 3 on with weight 1 / (n +
 sqrt(nodes)). A test cycle always has all nodes.
 """
 import math
@@ -38,24 +38,20 @@ PRESETS = {
 }
 FLAGS = dict(
     nodes="nodes of the largest cycle",
-    K="most hops that are asked for",
+    K="most hops that are asked for; beyond 8 the test asks for powers of two only",
     queries="questions in a sequence, with distinct starts",
     words="4 tokens an edge and 5 a question, as in the paper; else 2 and 2",
     feed="as in the paper, every answer follows its question in the input, where later ones see it",
     deeper="first share of the steps, in K equal phases: k is at most 1, then 2, and so on",
-    n_law="nodes in training: all, or law = 1 / (n + sqrt(nodes)) from 3 on")
+    n_law="nodes of a training cycle: all, or law, n >= 3 with weight 1 / (n + sqrt(nodes))")
 
 # Tokens: seven words, of which ONE is the number 1, then 2..K, then the nodes.
 PAD, ARROW, COMMA, HOPS, AFTER, COLON, ONE = range(7)
 
 
 def phrase(*words):
-    """Words -> tokens (B, m, words). A word is (B, m) or, but for the first, a single token."""
-    columns = []
-    for word in words:
-        if not torch.is_tensor(word):
-            word = torch.full_like(words[0], word)
-        columns.append(word)
+    """Words -> tokens (B, m, words). A word is a tensor (B, m) or one token; the first is a tensor."""
+    columns = [word if torch.is_tensor(word) else torch.full_like(words[0], word) for word in words]
     return torch.stack(columns, -1)
 
 
@@ -74,7 +70,7 @@ class Cycles:
         self.words = args.words
         self.feed = args.feed
         self.n_law = args.n_law
-        self.deeper = args.deeper * args.steps                 # steps of the K phases
+        self.phases_end = args.deeper * args.steps             # the last step of the K phases
         self.batch_size = args.batch_size
         self.seed = seed
         self.device = args.device
@@ -85,8 +81,8 @@ class Cycles:
         self.said = -2 if self.feed else -1                    # which of them says the answer
         edges = (4 if self.words else 2) * self.nodes          # tokens of all edges
         if not 1 <= args.L <= 2 * edges:
-            raise sleep.BadInput(f"--L {args.L} must be between 1 and {2 * edges}, twice the "
-                                 "tokens of the edges: of a longer window most would be padding.")
+            raise sleep.BadInput(f"--L {args.L} must be from 1 to {2 * edges}, twice the tokens of "
+                                 "the edges: of a longer window most would be padding.")
         if self.M * self.ask > args.L and args.L % self.ask:
             raise sleep.BadInput(f"--L {args.L} would cut a question of {self.ask} tokens in two: "
                                  "take a multiple, or fewer --queries.")
@@ -94,15 +90,15 @@ class Cycles:
         self.context = self.pad + edges                        # tokens before the first question
         self.T = self.context + self.M * self.ask
         self.test_k = list(range(1, self.K + 1))
-        if self.K > 8:
+        if self.K > 8:                                         # only powers of two
             self.test_k = [2 ** i for i in range(self.K.bit_length())]
         self.test = self.make_batch(-1)
         self.chance = self.best_guess()
 
     def check(self, args):
         """BadInput, in a sentence, for flags that make no sense."""
-        if not 7 <= self.nodes <= 10_000:
-            raise sleep.BadInput(f"--nodes {self.nodes} must be from 7 to 10,000: fewer make too "
+        if not 7 <= self.nodes <= 1000:
+            raise sleep.BadInput(f"--nodes {self.nodes} must be from 7 to 1,000: fewer make too "
                                  "few cycles to keep some for the test.")
         if not 1 <= self.K < self.nodes:
             raise sleep.BadInput(f"--K {self.K} must be from 1 to {self.nodes - 1}, fewer than the "
@@ -116,7 +112,7 @@ class Cycles:
         sleep.check_limits(args, dict(deeper=(0, 1)))
 
     def best_guess(self):
-        """The score of the best constant or copied answer: any node but the one asked about.
+        """The score of a guess among the nodes other than the one asked about.
 
         On a cycle of all nodes each of them is as likely, whatever k is. Without the edges there is
         no better guess, unless answers are in the input (--feed). Then the earlier answers to the
@@ -146,8 +142,8 @@ class Cycles:
         sizes = torch.arange(3, self.nodes + 1, device=self.device)
         weights = 1 / (sizes + math.sqrt(self.nodes))
         n = sizes[torch.multinomial(weights, rows, replacement=True, generator=g)]
-        # n is drawn even where it is not used, and the numbers below it never are: every recorded
-        # run depends on the order of draws.
+        # Two draws are not used, n where it is replaced and the numbers below it: every recorded run
+        # depends on the order of draws.
         if test or self.n_law == "all":
             n = torch.full_like(n, self.nodes)
         torch.rand(rows, generator=g, device=self.device)
@@ -157,9 +153,10 @@ class Cycles:
         place = torch.arange(self.nodes, device=self.device)
         after = cycle.gather(1, (place + 1) % n)               # the node after cycle[place]
         # The hash is of a sum over edges, so a cycle has the same code wherever it begins.
-        code = (cycle + 1) * (after + 1) * (place < n)
-        code = code.sum(1) * 2654435761 % 2 ** 32              # Knuth's multiplicative hash
+        total = ((cycle + 1) * (after + 1) * (place < n)).sum(1)
+        code = total * 2654435761 % 2 ** 32                    # Knuth's multiplicative hash
         right_side = (code < 2 ** 29) == test
+        # Those on the right side come first, in the order in which they were drawn.
         first = right_side.int().argsort(descending=True, stable=True)[:B]
         return n[first], cycle[first]
 
@@ -209,9 +206,9 @@ class Cycles:
 
     def largest_k(self, step):
         """The most hops of a training step: 1 at first, K after the share `deeper` of the steps."""
-        if step >= self.deeper:
+        if step >= self.phases_end:
             return self.K
-        return min(1 + int(self.K * step / self.deeper), self.K)
+        return 1 + int(self.K * step / self.phases_end)
 
     def hops(self, tokens):
         """Tokens (B, T) -> the k of every question, (B, M)."""
@@ -248,7 +245,7 @@ class Cycles:
         answers = targets.unflatten(0, (self.M, self.ask))[:, self.said].tolist()
         for i in range(self.M):
             if answers[i] >= 0:
-                lines.append(f"  {k[i]} hops after {q[i]}: {answers[i] - self.node}")
+                lines.append(f"  {k[i]} hop{'s' * (k[i] > 1)} after {q[i]}: {answers[i] - self.node}")
         return "\n".join(lines)
 
 

@@ -777,18 +777,21 @@ def test_a_script_refuses_bad_input_in_one_line_with_status_2():
             (train_ca, "must divide", "--L 9"), (train_ca, "--rule 256", "--rule 256"),
             (train_ca, "8 to 60", "--W 4 --L 4"), (train_ca, "0 to 1,000", "--t 99999"),
             (train_ca, "--split 1000", "--split 1000"), (train_ca, "--tapes 0", "--tapes 0"),
+            (train_ca, "every label", "--rule 90 --t 8"),
+            (train_ca, "too few patterns", "--W 9 --L 9 --t 4 --split 686"),
             (train_khop, "--K 0 must be", "--K 0"), (train_khop, "--K 12 must be", "--K 12"),
             (train_khop, "--queries 13", "--queries 13"), (train_khop, "--nodes 4", "--nodes 4"),
             (train_khop, "be padding", "--L 49"), (train_khop, "--L 0 must be", "--L 0"),
             (train_khop, "cut a question", "--L 9"), (train_khop, "--n_law some", "--n_law some"),
             (train_khop, "--deeper", "--deeper 2"),
             (train_gsm, "--p 1 must be", "--p 1"), (train_gsm, "--deeper 2", "--deeper 2"),
-            (train_gsm, "--names 10001", "--names 10001"), (train_gsm, "never full", "--L 53"),
+            (train_gsm, "--names 10001", "--names 10001"), (train_gsm, "never sleeps", "--L 53"),
             (train_gsm, "--questions 0", "--questions 0"), (train_gsm, "--L 0 must", "--L 0"),
             (train_gsm, "--reads 0 must", "--reads 0"), (train_gsm, "--tests 3", "--tests 3"),
+            (train_gsm, "--questions 3 must", "--questions 3"),
             (train_gsm, "--names 40 and --T 241", "--questions 40 --names 40"),
             (train_gsm, "--names 21", "--questions 21 --names 20 --T 200"),
-            (train_gsm, "--names 25", "--reads 25 --T 200"),
+            (train_gsm, "--questions 8 must", "--reads 25 --T 200"),
             (train_gsm, "--T 49", "--T 48 --L 48"),
             (train_gsm, "--tests 10001 must", "--tests 10001")):
         status, _, err = script(module, flags)
@@ -1159,7 +1162,7 @@ def solve(sentences, name, p):
 def test_a_reader_of_the_text_alone_finds_every_answer_and_its_depth():
     name = r"x\d+"
     said = rf"(\d+|{name}|(\d+|{name}) (plus|minus) {name}|{name} (plus|minus) \d+)"
-    for flags in ("", "--T 80 --L 50 --reads 3 --questions 7", "--questions 3 --T 40 --L 40"):
+    for flags in ("", "--T 80 --L 50 --reads 3 --questions 7", "--questions 4 --T 40 --L 40"):
         task = built(train_gsm, f"--deeper 0 --batch_size 32 --tests 120 {flags}")
         args = task.args
         for step in (None, 0, 1, 2):

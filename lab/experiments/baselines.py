@@ -49,11 +49,11 @@ def ca(task):
         return score(torch.where(n_seen[key] > 0, majority[key], commonest))
 
     all_cells = (1 << W) - 1
-    matter = [1 << i for i in range(W) if task.deciding_cells >> i & 1]
+    matter = [1 << i for i in range(W) if task.deciding >> i & 1]
     neighbours = tape[:, None] ^ torch.tensor(matter)          # differ in one cell that matters
     votes = ((2 * label[neighbours] - 1) * trained[neighbours]).sum(1)
     without_a_cell = [lookup(all_cells ^ (1 << i)) for i in range(W)]
-    without_a_cell_that_matters = [lookup(task.deciding_cells ^ bit) for bit in matter]
+    without_a_cell_that_matters = [lookup(task.deciding ^ bit) for bit in matter]
     return {
         "best constant": task.chance,
         "majority of the trained patterns that differ in one cell": score((votes > 0).long()),

@@ -61,9 +61,9 @@ class Hops(train_khop.Cycles):
         return min(N if self.k_law == "walk" else fibonacci(N), self.K)
 
     def largest_k(self, step):
-        if self.growth == "linear" or step >= self.deeper:
+        if self.growth == "linear" or step >= self.phases_end:
             return super().largest_k(step)
-        return 2 ** int(self.K.bit_length() * step / self.deeper)              # none above K
+        return 2 ** int(self.K.bit_length() * step / self.phases_end)              # none above K
 
     def draw_k(self, shape, step, g):
         if step < 0 or self.k_law == "all":
