@@ -937,7 +937,7 @@ def test_no_pattern_of_the_cells_that_matter_is_both_tested_and_trained():
             ("--t 8", [*range(9), 13, 14, 15], 400, 3000),
             ("--rule 90 --t 1", range(16), 3000, 9000)):       # only three matter: the whole ring
         task = built(train_ca, flags)
-        assert task.deciding_cells == sum(1 << i for i in cells)
+        assert task.deciding == sum(1 << i for i in cells)
         test = patterns(task, [-1], cells)
         seen = patterns(task, range(20), cells)
         assert not test & seen, flags
@@ -951,7 +951,7 @@ def test_a_held_out_pattern_has_trained_neighbours_in_every_cell_as_often_as_cha
         held = task.held_out(tape)
         assert abs(held.double().mean() - 1 / 8) < 0.02        # 4096 patterns: sigma .005
         for i in range(16):
-            if task.deciding_cells >> i & 1:
+            if task.deciding >> i & 1:
                 neighbours = task.held_out(tape[held] ^ (1 << i))
                 assert abs(neighbours.double().mean() - 1 / 8) < 0.07      # 512: sigma .015
 
