@@ -21,17 +21,18 @@ one pass, whatever N is. N = 1 is the plain hybrid of attention and SSM blocks.
   beta       beta_t     how strongly a token is written, in (0, 1)       (B, H, T)
   S          S_t        fast weights: S k is close to v                  (B, H, V, K)
   L, N       L, N       window length (of what the paper calls a chunk); passes of a sleep
+  P                     tokens in the cache when a call begins
 
-The order of this file: the fast-weight rule, token by token; the model and its sleep; its layers.
-Two parts can be skipped at first reading: the same rule as matrix products, and the checks of what
-is passed in. There the method ends. What follows trains it.
+The order of this file: the fast-weight rule, token by token; the model and its sleep; its layers;
+training. Then one line says: skip the rest at first reading.
 
 `python sleep.py` shows a trained model asleep.
 """
 import math
 import operator
+import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -39,19 +40,20 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
+from tqdm import tqdm
 
 
 # ------------------------------------------------------------------------------------------------
 # The fast-weight rule
 
-def gated_delta_rule(q, k, v, log_alpha, beta, S, delta=True):
-    """One token after another: the definition, against which the chunked form is tested.
+def fast_weight_rule(q, k, v, log_alpha, beta, S, delta=True):
+    """One token after another: the definition. (Training uses the same rule as matrix products.)
 
-        S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,    o_t = S_t q_t
+    Eq. 3 is a gated Hebbian write, delta=False here:
+        S_t = alpha_t S_{t-1} + beta_t v_t k_t^T,    o_t = S_t q_t
+    Gated DeltaNet, the default, writes only what S lacks at k_t, v_t - alpha_t S_{t-1} k_t:
+        S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T
 
-    This is Gated DeltaNet, the default here: it writes beta_t times what S lacks at k_t,
-    v_t - alpha_t S_{t-1} k_t. delta=False is Eq. 3, the gated Hebbian write
-        S_t = alpha_t S_{t-1} + beta_t v_t k_t^T.
     Shapes as in the glossary, else ValueError. Returns o (B, H, T, V) and the last S.
     """
     check_rule(q, k, v, log_alpha, beta, S)
@@ -78,7 +80,7 @@ def gated_delta_rule(q, k, v, log_alpha, beta, S, delta=True):
 class Config:
     """The shape of a model, checked when it is made (ValueError)."""
     vocab_size: int
-    T: int                         # tokens of a sequence: only sets how slowly S forgets at first
+    seq_len: int                   # tokens of a training sequence: sets only how slowly S forgets at first
     L: int                         # window of attention, in tokens
     N: int = 1                     # passes of a sleep, where a call does not say otherwise
     layout: str = "asas"           # one letter a block: a = attention, s = SSM (fast weights)
@@ -97,14 +99,14 @@ class Cache(NamedTuple):
     """What a block keeps of its latest P tokens. It is emptied by hard eviction."""
     tail: torch.Tensor             # latest inputs of the short convolution (B, n <= 3, d)
     keys: torch.Tensor | None      # of attention (B, H, P, K); None in an SSM block
-    values: torch.Tensor | None    # of attention (B, H, P, K); None in an SSM block
+    values: torch.Tensor | None    # of attention (B, H, P, V); None in an SSM block
 
 
 class Memory(NamedTuple):
     """All that a model knows of the past. It is passed in and returned, never kept in the module."""
     S: list                        # one a block: fast weights (B, H, V, K), None for attention
     cache: list                    # one Cache a block
-    n_awake: int                   # tokens read since the last eviction; a window has space for L
+    n_awake: int                   # tokens of this window that were read so far; only checked
 
 
 class SleepLM(nn.Module):
@@ -113,123 +115,24 @@ class SleepLM(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.recompute = False     # save memory in training: see one_pass
-        self.embed = Embed(cfg.vocab_size, cfg.d_model)
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.blocks = nn.ModuleList(Block(kind, cfg) for kind in cfg.layout)
         self.norm = nn.RMSNorm(cfg.d_model)
         self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)     # OutProj
         self.initialize()
 
-    def initialize(self):
-        """Our choice, as standard deviations: embeddings 1, matrices d_in^-1/2, convolutions 0.5.
-
-        The head starts at 0.
-        """
-        nn.init.normal_(self.embed.weight)
-        nn.init.zeros_(self.head.weight)
-        for module in self.blocks.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features ** -0.5)
-            elif isinstance(module, ShortConv):
-                nn.init.normal_(module.weight, std=0.5)
-
-    def empty_memory(self, B):
-        """S = 0 (Algorithm 1, line 1) and empty caches, for B sequences."""
-        cfg = self.cfg
-        weight = self.embed.weight
-        H = cfg.n_head
-        K = cfg.d_model // H
-        # S is float32 even if the weights are not; in float64 it follows them.
-        S_type = torch.promote_types(weight.dtype, torch.float32)
-        kv_type = torch.bfloat16 if cfg.bf16 else weight.dtype
-        S = []
-        cache = []
-        for kind in cfg.layout:
-            tail = weight.new_zeros(B, 0, cfg.d_model)
-            if kind == "s":
-                S.append(weight.new_zeros(B, H, K, K, dtype=S_type))
-                cache.append(Cache(tail, None, None))
-            else:
-                S.append(None)
-                no_tokens = weight.new_zeros(B, H, 0, K, dtype=kv_type)
-                cache.append(Cache(tail, no_tokens, no_tokens))
-        return Memory(S, cache, 0)
-
-    def one_pass(self, h, S, cache):
-        """h, S <- Blocks(h, S): all blocks once. Also returns their caches, with h's tokens added."""
-        if self.recompute and torch.is_grad_enabled():
-            # Of a pass only h and S are kept. The backward pass runs it again for the rest.
-            return recompute_in_backward(self.blocks_once, h, S, cache, use_reentrant=False,
-                                         preserve_rng_state=False)         # nothing is random
-        return self.blocks_once(h, S, cache)
-
-    def blocks_once(self, h, S, cache):
-        S = list(S)
-        cache = list(cache)
-        # cache_enabled=False: autocast would otherwise use bfloat16 copies of weights again that it
-        # made before the optimizer's step.
-        with torch.autocast(h.device.type, torch.bfloat16, self.cfg.bf16, cache_enabled=False):
-            for i, block in enumerate(self.blocks):
-                h, S[i], cache[i] = block(h, S[i], cache[i])
-        return h, S, cache
-
-    def sleep(self, h, memory, N=None):
-        """N passes over a window, then eviction (Algorithm 1, lines 6-7). N = 0: it is never read.
-
-        h (B, T <= L, d): embeddings of the window. Every pass starts from the h and S that the pass
-        before returned; between passes h is neither normed nor mixed with the embeddings again. The
-        last h is dropped. Nothing is detached: gradients flow through all N passes, and under hard
-        eviction they reach a window only through S.
-
-        Every pass gets the cache from before this window. (With that of the pass before, attention
-        would see the window twice.) Hard eviction has emptied it; sliding eviction keeps the keys
-        and values of the last pass. Returns the memory after eviction.
-        """
-        N = self.cfg.N if N is None else whole_number("N", N, 0)
-        self.check(h, memory, asleep=True)
-        S = memory.S
-        cache = memory.cache
-        for _ in range(N):                                                 # line 6
-            h, S, cache = self.one_pass(h, S, memory.cache)                # line 7
-        return self.evict(Memory(S, cache, 0))
-
-    def evict(self, memory):
-        """Hard eviction empties the cache; sliding eviction keeps L - 1 tokens of it. S stays."""
-        keep = 0 if self.cfg.eviction == "hard" else self.cfg.L - 1
-        cache = []
-        for tail, keys, values in memory.cache:
-            if keys is not None:
-                keys = latest(keys, keep)
-                values = latest(values, keep)
-            cache.append(Cache(latest(tail, keep), keys, values))
-        return Memory(memory.S, cache, 0)
-
-    def wake(self, h, memory):
-        """One pass over h (B, T, d), the next tokens of a window (Algorithm 1, line 10).
-
-        h are embeddings, as in pass 1 of a sleep. The S that they read was last written in pass N, by
-        other features: training has to make the two fit. Returns logits (B, T, vocab) and the
-        memory, with these tokens in its cache.
-        """
-        self.check(h, memory)
-        h_out, S, cache = self.one_pass(h, memory.S, memory.cache)
-        with torch.autocast(h.device.type, enabled=False):     # in the precision of its weights
-            logits = self.head(self.norm(h_out))
-        return logits, Memory(S, cache, memory.n_awake + h.shape[1])
-
     def forward(self, tokens, targets, N=None):
         """Algorithm 1: windows without a target sleep, the others are read in one pass.
 
         tokens (B, T). targets (B, M): what the last M positions are to predict, already shifted; a
-        negative number, as PyTorch's -100, is nothing. N: passes of a sleep, or a list of them, one
-        a window (not used where a window is awake).
+        negative number, such as PyTorch's -100, is no target. N: passes of a sleep.
 
         Fill whole windows: a window that holds a target does not sleep, so context that shares it
         with an answer is read in one pass. Pad on the left if the context is not a multiple of L.
 
         Returns logits (B, M, vocab), 0 where a window sleeps, and their mean cross entropy in nats.
         """
-        check_batch(tokens, targets, self.cfg.vocab_size)
+        tokens, targets = check_batch(tokens, targets, self.cfg.vocab_size)
         asleep = self.windows_asleep(tokens, targets)
         return self.algorithm_1(tokens, targets, asleep, N)
 
@@ -241,39 +144,117 @@ class SleepLM(nn.Module):
         T = tokens.shape[1]
         M = targets.shape[1]
         L = self.cfg.L
-        silent = [True] * (T - M) + (targets.long() < 0).all(0).tolist()   # T bools
-        asleep = [all(silent[start:start + L]) for start in range(0, T, L)]
-        check_asleep(asleep, silent, M, L)
+        has_target = [False] * (T - M) + (targets >= 0).any(0).tolist()    # T bools
+        asleep = [not any(has_target[start:start + L]) for start in range(0, T, L)]
+        check_asleep(asleep, has_target, M, L)
         return asleep
 
     def algorithm_1(self, tokens, targets, asleep, N=None):
         """Algorithm 1, if it is known which windows sleep: asleep, one bool a window.
 
-        windows_asleep is kept out of it, as it reads the values of the targets: the CPU has to wait
-        for a GPU's, which a CUDA graph does not allow.
+        Apart from `forward`, as windows_asleep looks at the targets. A CUDA graph may not do that.
         """
-        M = targets.shape[1]
-        windows = tokens.split(self.cfg.L, dim=1)                          # line 2
-        N = N if isinstance(N, (list, tuple)) else [N] * len(windows)
-        for name, values in (("N", N), ("asleep", asleep)):
-            if len(values) != len(windows):
-                raise ValueError(f"{name} has {len(values)} numbers; there are {len(windows)} windows.")
         logits = []
         memory = self.empty_memory(len(tokens))                            # line 1: S <- 0
-        for window, window_sleeps, passes in zip(windows, asleep, N):      # line 3
+        windows = tokens.split(self.cfg.L, dim=1)                          # line 2
+        for window, window_sleeps in zip(windows, asleep, strict=True):    # line 3
             h = self.embed(window)                                         # line 4
             if window_sleeps:                                              # line 5
-                memory = self.sleep(h, memory, passes)                     # lines 6-7
-                nothing_said = h.new_zeros(()).expand(*window.shape, self.cfg.vocab_size)
-                logits.append(nothing_said)            # it has no loss, and takes no memory
+                memory = self.sleep(h, memory, N)                          # lines 6-7
+                logits.append(nothing_said(h, self.cfg.vocab_size))
             else:                                                          # line 9
                 window_logits, memory = self.wake(h, memory)               # line 10
-                logits.append(window_logits)
                 memory = self.evict(memory)            # an awake window is evicted, too
-        # Targets may reach back into windows that sleep, whose logits are 0. Those before are left out.
-        first = (tokens.shape[1] - M) // self.cfg.L
-        logits = torch.cat(logits[first:], 1)[:, -M:]                      # (B, M, vocab)
-        return logits, masked_cross_entropy(logits, targets)               # line 11
+                logits.append(window_logits)
+        logits = last_positions(logits, targets.shape[1])                  # (B, M, vocab)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)   # line 11
+        return logits, loss
+
+    def sleep(self, h, memory, N=None):
+        """N passes over a window, then eviction (Algorithm 1, lines 6-7). N = 0 evicts it unread.
+
+        h (B, T <= L, d): embeddings of the window. Every pass starts from the h and S that the pass
+        before returned; between passes h is neither normed nor mixed with the embeddings again. The
+        last h is dropped. Nothing is detached: gradients flow through all N passes, and under hard
+        eviction they reach a window only through S.
+
+        Returns the memory after eviction.
+        """
+        N = self.cfg.N if N is None else whole_number("N", N, 0)
+        check_window(h, memory, self.cfg, asleep=True)
+        S = memory.S
+        cache = memory.cache
+        for _ in range(N):                                                 # line 6
+            # Every pass sees the cache from before this window, never that of the pass before, in
+            # which attention would find the same tokens once more.
+            h, S, cache = self.one_pass(h, S, memory.cache)                # line 7
+        return self.evict(Memory(S, cache, 0))
+
+    def evict(self, memory):
+        """Hard eviction empties the cache; sliding eviction keeps L - 1 tokens of it. S stays."""
+        if self.cfg.eviction == "hard":
+            B = len(memory.cache[0].tail)
+            return Memory(memory.S, self.empty_memory(B).cache, 0)
+        keep = self.cfg.L - 1
+        cache = []
+        for tail, keys, values in memory.cache:
+            if keys is not None:
+                keys = latest(keys, keep)
+                values = latest(values, keep)
+            cache.append(Cache(latest(tail, keep), keys, values))
+        return Memory(memory.S, cache, 0)
+
+    def wake(self, h, memory):
+        """One pass over h (B, T, d), the next tokens of a window (Algorithm 1, line 10).
+
+        h are embeddings, as in pass 1 of a sleep. The S that they read was last written from
+        features of pass N: nothing in the model corrects for that, training has to. Returns logits
+        (B, T, vocab) and the memory, with these tokens in its cache.
+        """
+        check_window(h, memory, self.cfg)
+        h_out, S, cache = self.one_pass(h, memory.S, memory.cache)
+        with torch.autocast(h.device.type, enabled=False):     # in float32, whatever is around it
+            logits = self.head(self.norm(h_out))
+        return logits, Memory(S, cache, memory.n_awake + h.shape[1])
+
+    def one_pass(self, h, S, cache):
+        """h, S <- Blocks(h, S): all blocks once. Also returns their caches, with h's tokens added."""
+        S = list(S)
+        cache = list(cache)
+        # cache_enabled=False: inside another autocast, bfloat16 copies of weights from before the
+        # optimizer's step would be used again.
+        with torch.autocast(h.device.type, torch.bfloat16, self.cfg.bf16, cache_enabled=False):
+            for i, block in enumerate(self.blocks):
+                h, S[i], cache[i] = block(h, S[i], cache[i])
+        return h, S, cache
+
+    def empty_memory(self, B):
+        """S = 0 (Algorithm 1, line 1) and empty caches, for B sequences."""
+        cfg = self.cfg
+        H = cfg.n_head
+        K = cfg.d_model // H
+        zeros = self.embed.weight.new_zeros
+        S = []
+        cache = []
+        for kind in cfg.layout:
+            no_tail = zeros(B, 0, cfg.d_model)
+            if kind == "s":
+                S.append(zeros(B, H, K, K))
+                cache.append(Cache(no_tail, None, None))
+            else:
+                S.append(None)
+                cache.append(Cache(no_tail, zeros(B, H, 0, K), zeros(B, H, 0, K)))
+        return Memory(S, cache, 0)
+
+    def initialize(self):
+        """Our choice. The numbers are standard deviations."""
+        nn.init.normal_(self.embed.weight)                                 # 1
+        nn.init.zeros_(self.head.weight)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+            elif isinstance(module, ShortConv):
+                nn.init.normal_(module.weight, std=0.5)
 
     @torch.no_grad()
     def stream(self, tokens, state=None):
@@ -283,6 +264,7 @@ class SleepLM(nn.Module):
         Returns logits (B, T, vocab) and the state for the next call, three things: the memory now,
         the memory before this window began, and the embeddings of the window so far (B, n, d).
         """
+        tokens = check_tokens(tokens, self.cfg.vocab_size)
         embedded = self.embed(tokens)
         if state is None:
             empty = self.empty_memory(len(tokens))
@@ -302,31 +284,26 @@ class SleepLM(nn.Module):
                 window = window[:, :0]
         return torch.cat(logits, 1), (memory, before, window)
 
-    def check(self, h, memory, asleep=False):
-        """ValueError if h (B, T, d) does not fit this memory, or what is left of its window."""
-        check_features(h, memory, self.cfg)
-        T = h.shape[1]
-        L = self.cfg.L
-        too_long = memory.n_awake + T > L
-        in_the_middle = asleep and memory.n_awake > 0
-        if too_long or in_the_middle:
-            raise ValueError(f"{T} tokens do not fit into a window of L = {L} after {memory.n_awake} "
-                             "that were read awake: evict first (a sleep starts at the first token of a "
-                             "window).")
+
+def nothing_said(h, vocab_size):
+    """The logits of a window that sleeps: 0 (B, T, vocab), as one number that takes no memory."""
+    return h.new_zeros(()).expand(*h.shape[:2], vocab_size)
 
 
-def masked_cross_entropy(logits, targets):
-    """Mean over the targets that are not negative: logits (B, M, vocab), targets (B, M) -> nats."""
-    nothing = -1
-    targets = targets.long().clamp(min=nothing)                # every negative target becomes -1
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=nothing)
+def last_positions(logits, M):
+    """Logits of all windows, a list of (B, T, vocab) -> those of the last M positions, (B, M, vocab)."""
+    needed = []
+    n_tokens = 0
+    while n_tokens < M:
+        needed.insert(0, logits[-1 - len(needed)])
+        n_tokens += needed[0].shape[1]
+    return torch.cat(needed, 1)[:, -M:]
 
 
 def latest(x, n):
-    """The last n tokens of x (..., T, d), fewer if there are not as many. The rest can be freed."""
-    if n == 0:
-        return x.new_zeros(*x.shape[:-2], 0, x.shape[-1])      # a slice would keep x and its graph
-    return x[..., max(x.shape[-2] - n, 0):, :].clone()
+    """The last n tokens of x (..., T, d), fewer if there are not as many."""
+    first = max(x.shape[-2] - n, 0)
+    return x[..., first:, :].clone()                           # a view would keep all of x
 
 
 # ------------------------------------------------------------------------------------------------
@@ -363,7 +340,7 @@ class Block(nn.Module):
 
 
 class FastWeights(nn.Module):
-    """The mixer of SSM blocks: Gated DeltaNet.
+    """The mixer of SSM blocks: Gated DeltaNet. `gated` and `delta` switch its two parts off.
 
     The original has a short convolution after each of q, k and v; here one stands before all three,
     in Block.
@@ -382,51 +359,47 @@ class FastWeights(nn.Module):
         self.o = nn.Linear(d, d, bias=False)
         self.z = nn.Linear(d, d, bias=False)                   # output gate
         self.ab = nn.Linear(d, 2 * H, bias=False)              # inputs of alpha and beta
-        # How slowly S forgets at first. Our choice: half-lives log-spaced over the heads, from the
-        # longest down to 4 tokens; a single head has the longest. A sleep writes every token N times,
-        # so the longest is N * T tokens: this is why the model must know T. Models of N = 1 to 4 are
-        # compared, so all of them start with 4 * T.
         # log_alpha = -e^A_log softplus(a + dt_bias), with Mamba's names. At a = 0 and A_log = 0 half
         # of S is left after log 2 / softplus(dt_bias) tokens.
-        longest = max(cfg.N, 4) * cfg.T
-        half_life = torch.logspace(math.log10(longest), math.log10(4), H)
-        speed = math.log(2) / half_life
+        speed = math.log(2) / first_half_lives(cfg)
         self.dt_bias = nn.Parameter(torch.log(torch.expm1(speed)))         # softplus(dt_bias) = speed
         self.A_log = nn.Parameter(torch.zeros(H))
         self.norm = nn.RMSNorm(d // H, eps=1e-5)
-
-    def write_and_read(self, x, q, k, v, S):
-        """The gates and the rule: x (B, T, d) -> o (B, H, T, V), the new S.
-
-        All in S's precision, which is what .to(x.dtype) is for: weights may be bfloat16.
-        """
-        ab = F.linear(x, self.ab.weight.to(x.dtype))           # self.ab(x), in S's precision
-        a, b = ab.transpose(1, 2).chunk(2, 1)                  # (B, H, T) each
-        beta = b.sigmoid()
-        if self.gated:
-            speed = self.A_log.to(x.dtype).exp()[:, None]
-            log_alpha = -speed * F.softplus(a + self.dt_bias.to(x.dtype)[:, None])
-        else:
-            log_alpha = torch.zeros_like(a)
-        # For one token the recurrent form is the shorter way to the same numbers.
-        rule = gated_delta_rule if x.shape[1] == 1 else gated_delta_rule_chunked
-        return rule(q, k, v, log_alpha, beta, S, self.delta)
 
     def forward(self, x, S):
         """x (B, T, d), S (B, H, V, K) -> (B, T, d), the new S."""
         q = split_heads(F.silu(self.q(x)), self.H)
         k = split_heads(F.silu(self.k(x)), self.H)
         v = split_heads(F.silu(self.v(x)), self.H)
-        with torch.autocast(x.device.type, enabled=False):     # S's precision, float32, from here on
+        with torch.autocast(x.device.type, enabled=False):     # the rule in float32, as S is
             # For keys of unit norm, I - beta k k^T lengthens no vector.
             q = F.normalize(q.to(S.dtype), dim=-1)
             k = F.normalize(k.to(S.dtype), dim=-1)
-            o, S = self.write_and_read(x.to(S.dtype), q, k, v.to(S.dtype), S)
-            # self.norm, with its weight in S's precision.
-            o = F.rms_norm(o, self.norm.normalized_shape, self.norm.weight.to(o.dtype), self.norm.eps)
-            o = o.transpose(1, 2).flatten(2)                   # (B, T, d)
+            o, S = self.write_and_read(x, q, k, v.to(S.dtype), S)
+            o = self.norm(o).transpose(1, 2).flatten(2)        # (B, T, d)
         o = o * F.silu(self.z(x))                              # output gate
-        return self.o(o.to(x.dtype)), S
+        return self.o(o), S
+
+    def write_and_read(self, x, q, k, v, S):
+        """The gates and the rule: x (B, T, d) -> o (B, H, T, V), the new S."""
+        a, b = self.ab(x).transpose(1, 2).chunk(2, 1)          # (B, H, T) each
+        beta = b.sigmoid()
+        log_alpha = torch.zeros_like(a)
+        if self.gated:
+            log_alpha = -self.A_log.exp()[:, None] * F.softplus(a + self.dt_bias[:, None])
+        # For one token the recurrent form is the shorter way to the same numbers.
+        rule = fast_weight_rule if x.shape[1] == 1 else fast_weight_rule_chunked
+        return rule(q, k, v, log_alpha, beta, S, self.delta)
+
+
+def first_half_lives(cfg):
+    """How slowly S forgets before training: tokens until half of it is left, one number a head.
+
+    Our choice: log-spaced from N * seq_len, as a sleep writes every token N times, down to 4 tokens;
+    a single head has the longest. Models of N = 1 to 4 are compared, so all start as N = 4 does.
+    """
+    longest = max(cfg.N, 4) * cfg.seq_len
+    return torch.logspace(math.log10(longest), math.log10(4), cfg.n_head)
 
 
 UPDATE_RULES = {                           # your own: a subclass of FastWeights, and its name in here
@@ -449,9 +422,9 @@ class Attention(nn.Module):
         self.k = nn.Linear(d, d, bias=False)
         self.v = nn.Linear(d, d, bias=False)
         self.o = nn.Linear(d, d, bias=False)
-        # Scores depend on distances only, so position 0 is the oldest token in view, and keys are
-        # cached as they are, and rotated in each call. In view are at most L - 1 tokens of earlier
-        # windows and L of this one.
+        # Keys are cached unrotated, and rotated in each call. Position 0 is the oldest token in view,
+        # as scores depend on distances only. In view are at most L - 1 tokens of earlier windows and
+        # L of this one.
         K = d // self.H
         positions = torch.arange(2.0 * self.L)
         frequencies = 10000 ** (-torch.arange(0, K, 2) / K)
@@ -469,7 +442,7 @@ class Attention(nn.Module):
         q = split_heads(self.q(x), self.H)                     # (B, H, T, K)
         k = split_heads(self.k(x), self.H)
         v = split_heads(self.v(x), self.H)
-        mask = None                                            # without a past: causal, as T <= L
+        mask = None                                            # no past: is_causal is enough, T <= L
         if P > 0:
             k = torch.cat([past_keys, k], 2)
             v = torch.cat([past_values, v], 2)
@@ -515,19 +488,217 @@ class ShortConv(nn.Module):
         return x, latest(known, taps - 1)
 
 
-class Embed(nn.Embedding):
-    """Tokens (B, T), integers of any type -> h (B, T, d). ValueError for anything else."""
+# ------------------------------------------------------------------------------------------------
+# The method ends here. What follows trains it.
+#
+# A task is a class, Task(args, seed), with
+#   name, vocab_size, T         T = tokens of one sequence
+#   make_batch(step)            -> tokens (B, T) and targets (B, M), shifted and negative where
+#                               nothing is predicted, as in SleepLM.forward; and further facts if
+#                               score wants any; from seed and step alone, on args.device
+#   test                        a batch that is never trained on
+#   chance                      the score of the best constant guess on it
+#   score(tokens, targets, logits, *facts)     -> {metric: number, or {case: number}}; logits
+#                               (B, M, vocab)
+# and, if it likes,
+#   show(tokens, targets)       -> one example as text
 
-    def forward(self, tokens):
-        check_tokens(tokens, self.num_embeddings)
-        return super().forward(tokens.long())
+class BadInput(ValueError):
+    """What was asked for cannot be done. The sentence says what is wrong and what to do."""
+
+
+def train(task, cfg, settings, path, make_model=None, draw_N=None):
+    """Train one model -> the model, its optimizers, and its run: a dict of its numbers so far.
+
+    cfg: the model's shape. settings: all flags of this run, a dict; those of cfg are among them.
+    path: of its checkpoint; training goes on from there if it exists.
+    make_model(cfg, settings) may give another model than SleepLM; draw_N(step, settings) the passes
+    of a training step, if they are not always N.
+
+    Every `eval_every` steps: evaluate, and save all that it takes to go on exactly from here.
+    BadInput if the loss or a weight is not finite.
+    """
+    steps = settings["steps"]
+    model, optimizers, run = begin(task, cfg, settings, path, make_model)
+    backward = make_backward(model, settings["compile"], settings["recompute"])
+    started = time.monotonic() - run["seconds"]                # a resumed clock goes on
+    first = run["steps"]
+    # Both stay on the device until an evaluation: to read a number makes the CPU wait for a GPU.
+    loss_sum = torch.zeros((), device=settings["device"])
+    grad_max = torch.zeros((), device=settings["device"])      # largest norm, logged, not clipped
+    progress = tqdm(range(first, steps), desc=path.stem, total=steps, initial=first, leave=False,
+                    disable=None)
+    for step in progress:
+        set_rates(optimizers, settings, step)
+        warm_up(model, settings, step)
+        tokens, targets, *_ = task.make_batch(step)
+        N = draw_N(step, settings) if draw_N else cfg.N
+        loss_sum = loss_sum + backward(tokens, targets, N)
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        grad_max = grad_max.maximum(nn.utils.get_total_norm(grads))
+        for optimizer in optimizers:
+            optimizer.step()                                   # Algorithm 1, line 14
+        run["tokens"] += tokens.numel()
+
+        if (step + 1) % settings["eval_every"] == 0 or step + 1 == steps:
+            mean_loss = loss_sum.item() / (step + 1 - run["steps"])    # since the last evaluation
+            refuse_infinite(model, mean_loss, path, step, run)
+            metrics = evaluate(model, task, task.test)
+            run["steps"] = step + 1
+            run["seconds"] = round(time.monotonic() - started, 1)
+            run.update(metrics)
+            run["curve"].append(dict(step=step + 1, tokens=run["tokens"], train_loss=mean_loss,
+                                     grad_norm=grad_max.item(), **metrics))
+            save(path, model, optimizers, run)
+            tqdm.write(f"{path.stem} | step {step + 1} | {run['tokens'] / 1e6:.2f}M tokens | "
+                       f"train loss {mean_loss:.3f} | {format_metrics(metrics)} | "
+                       f"{run['seconds']:.0f} s")
+            loss_sum = torch.zeros_like(loss_sum)
+            grad_max = torch.zeros_like(grad_max)
+    return model, optimizers, run
+
+
+def set_rates(optimizers, settings, step):
+    """The learning rates of this step: constant, then linear towards 0 over the last `cooldown`."""
+    cooldown_steps = max(1.0, settings["cooldown"] * settings["steps"])
+    share = min(1.0, (settings["steps"] - step) / cooldown_steps)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * share          # initial_lr: as it was made, see begin
+
+
+def warm_up(model, settings, step):
+    """Section 6.4's warm-up, the first `warmup` steps: attention is frozen, eviction is hard.
+
+    Our choice, as the models start from scratch: whole attention blocks are frozen, with their MLP;
+    SSM blocks, embedding and head learn. What is frozen gets no gradient, and optimizers skip it.
+    """
+    warming_up = step < settings["warmup"]
+    model.cfg = replace(model.cfg, eviction="hard" if warming_up else settings["eviction"])
+    for block in model.blocks:
+        block.requires_grad_(block.kind == "s" or not warming_up)
+
+
+class Muon(torch.optim.Optimizer):
+    """Moves a matrix by its momentum with all singular values near 1 (Jordan et al. 2024).
+
+    The same step as torch.optim.Muon's, in float32, as bfloat16 is slow on a CPU, and with all
+    matrices of one shape at once.
+    """
+    momentum = 0.95
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}                                      # shape: [(matrix, gradient)]
+            for p in group["params"]:
+                if p.grad is not None:
+                    mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                    # mean <- momentum * mean + (1 - momentum) * grad, then the same again (Nesterov)
+                    mean.lerp_(p.grad, 1 - self.momentum)
+                    by_shape.setdefault(p.shape, []).append((p, p.grad.lerp(mean, self.momentum)))
+            for (rows, columns), pairs in by_shape.items():
+                X = torch.stack([gradient for _, gradient in pairs])
+                if rows > columns:
+                    X = X.mT                                               # (n, short, long)
+                X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+                for _ in range(5):             # Newton-Schulz: singular values go to 0.7 to 1.2
+                    A = X @ X.mT
+                    X = 3.4445 * X + (2.0315 * A @ A - 4.775 * A) @ X
+                if rows > columns:
+                    X = X.mT
+                scale = max(1, rows / columns) ** 0.5
+                for (p, _), x in zip(pairs, X):
+                    p.sub_(x, alpha=group["lr"] * scale)
+
+
+def make_optimizers(model, lr_muon, lr_adamw):
+    """Muon for the matrices of the blocks, AdamW for all else (Section 6.1), as a list.
+
+    Our choice: no weight decay.
+    """
+    matrices = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
+    is_matrix = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in is_matrix]
+    adamw = torch.optim.AdamW(rest, lr=lr_adamw, weight_decay=0.0, fused=rest[0].is_cuda)
+    muon = Muon(matrices, defaults=dict(lr=lr_muon))
+    return [muon, adamw]
+
+
+def make_backward(model, compile, recompute):
+    """-> backward(tokens (B, T), targets (B, M), N): the loss, whose gradients are then in p.grad.
+
+    compile: fuse every block. recompute: save memory, by checkpointing: of a pass only h and S are
+    kept, and the backward pass runs it again for the rest. On CUDA a step is recorded as a CUDA
+    graph (see the end of this file), but not with recompute.
+    """
+    if compile:
+        for block in model.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+    if recompute:
+        model.one_pass = partial(recompute_in_backward, partial(type(model).one_pass, model),
+                                 use_reentrant=False, preserve_rng_state=False)     # nothing is random
+    step = partial(forward_backward, model)
+    if model.head.weight.is_cuda and not recompute:
+        step = CudaGraphs(model, step)
+
+    def backward(tokens, targets, N):
+        tokens, targets = check_batch(tokens, targets, model.cfg.vocab_size)
+        return step(tokens, targets, model.windows_asleep(tokens, targets), N)
+
+    return backward
+
+
+def forward_backward(model, tokens, targets, asleep, N):
+    """The loss (Algorithm 1, lines 1-11). Its gradients are then in p.grad."""
+    model.zero_grad()
+    _, loss = model.algorithm_1(tokens, targets, asleep, N)
+    with torch.autocast(tokens.device.type, enabled=False):                # whatever is around it
+        loss.backward()
+    return loss.detach()
+
+
+@torch.no_grad()
+def evaluate(model, task, batch, N=None):
+    """The metrics of one teacher-forced forward pass with N passes a sleep, as plain numbers."""
+    given_tokens, given_targets, *facts = batch
+    tokens, targets = check_batch(given_tokens, given_targets, model.cfg.vocab_size)
+    asleep = model.windows_asleep(tokens, targets)
+    rows = max(1, 2 ** 17 // tokens.shape[1])                  # about 2^17 tokens at a time
+    training = model.training
+    model.eval()                                               # for your own model, if it has dropout
+    logits = []
+    with torch.compiler.set_stance("force_eager"):             # these shapes are not worth compiling
+        for x, y in zip(tokens.split(rows), targets.split(rows)):
+            logits.append(model.algorithm_1(x, y, asleep, N)[0])
+    model.train(training)
+    return plain_numbers(task.score(given_tokens, given_targets, torch.cat(logits), *facts))
 
 
 # ------------------------------------------------------------------------------------------------
-# Skip this at first reading: the same rule, faster
+# Skip the rest at first reading. It is the same rule as matrix products; checks of what is passed in;
+# and what a script needs: files, the machine, the command line. These imports are for scripts alone.
+import argparse
+import contextlib
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+import sysconfig
+import textwrap
+import threading
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
 
-def gated_delta_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64):
-    """`gated_delta_rule` as matrix products over chunks of `chunk` tokens, up to rounding.
+
+# ------------------------------------------------------------------------------------------------
+# The rule as matrix products
+
+def fast_weight_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64):
+    """`fast_weight_rule` as matrix products over chunks of `chunk` tokens, up to rounding.
 
     Unrolled inside a chunk of C tokens, token i writes u_i and reads o_i,
         u_i = beta_i (v_i - e^{c_i} S k_i - sum_{j<i} e^{c_i - c_j} (k_i . k_j) u_j)
@@ -561,7 +732,7 @@ def gated_delta_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64):
 
 
 # ------------------------------------------------------------------------------------------------
-# Skip this, too: checks. ValueError says in a sentence what is wrong with what was passed in
+# Checks: ValueError says in a sentence what is wrong with what was passed in
 
 def whole_number(name, value, least):
     """value as an int, if it is an integer of any kind (numpy's, too) from `least` on."""
@@ -575,7 +746,7 @@ def whole_number(name, value, least):
 
 
 def check_config(cfg):
-    for name in ("vocab_size", "T", "L", "N", "d_model", "n_head"):
+    for name in ("vocab_size", "seq_len", "L", "N", "d_model", "n_head"):
         number = whole_number(name, getattr(cfg, name), 1)
         object.__setattr__(cfg, name, number)                  # numpy's integers become Python's
     if not isinstance(cfg.layout, str) or not cfg.layout or set(cfg.layout) - set("as"):
@@ -593,6 +764,7 @@ def check_config(cfg):
 
 
 def check_tokens(tokens, vocab_size):
+    """The tokens as int64."""
     wanted = f"(B, T) integers from 0 to {vocab_size - 1}, at least one"
     if not torch.is_tensor(tokens):
         raise ValueError(f"tokens must be a tensor of {wanted}; this is a {type(tokens).__name__}: "
@@ -600,14 +772,17 @@ def check_tokens(tokens, vocab_size):
     of_integers = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
     if tokens.ndim != 2 or tokens.numel() == 0 or not of_integers:
         raise ValueError(f"tokens must be {wanted}; these are {tokens.dtype}, {tuple(tokens.shape)}.")
+    tokens = tokens.long()
     if tokens.device.type != "cuda":       # there it would wait for the GPU, and the lookup checks it
-        low, high = tokens.long().aminmax()
+        low, high = tokens.aminmax()
         if low < 0 or high >= vocab_size:
             raise ValueError(f"tokens must be {wanted}; these are from {low} to {high}.")
+    return tokens
 
 
 def check_batch(tokens, targets, vocab_size):
-    check_tokens(tokens, vocab_size)
+    """Tokens and targets as int64; every negative target becomes -1."""
+    tokens = check_tokens(tokens, vocab_size)
     if not torch.is_tensor(targets):
         raise ValueError(f"targets must be a tensor (B, M) of integers; this is a "
                          f"{type(targets).__name__}: take torch.as_tensor(targets).")
@@ -617,34 +792,40 @@ def check_batch(tokens, targets, vocab_size):
     if not of_integers or not fits:
         raise ValueError(f"targets must be (B, M) integers for tokens (B, T), with M from 1 to T; these "
                          f"are {targets.dtype}, {tuple(targets.shape)}, for {tuple(tokens.shape)}.")
-    if targets.device.type != "cuda" and targets.long().max() >= vocab_size:
+    targets = targets.long().clamp(min=-1)
+    if targets.device.type != "cuda" and targets.max() >= vocab_size:
         raise ValueError(f"targets must be below {vocab_size}, the size of the vocabulary, or negative "
-                         f"for nothing; the largest is {targets.long().max()}.")
+                         f"for nothing; the largest is {targets.max()}.")
+    return tokens, targets
 
 
-def check_asleep(asleep, silent, M, L):
+def check_asleep(asleep, has_target, M, L):
     """That something is predicted. A warning, if tokens before the answers are not slept over.
 
-    asleep: one bool a window; silent: one a token, has it no target in any sequence?
+    asleep: one bool a window. has_target: one bool a token, for all sequences together.
     """
     if all(asleep):
         raise ValueError("all targets are negative: nothing is predicted, so there is no loss.")
-    first_answer = silent.index(False)
-    targets_cover_the_context = M == len(silent)
-    context = first_answer if targets_cover_the_context else len(silent) - M       # tokens before it
+    # The context: all before the targets. If these cover the sequence, as in a batch of plain language
+    # modelling (M = T), all before the first of them that is not negative.
+    T = len(has_target)
+    context = has_target.index(True) if M == T else T - M
     first_awake = L * asleep.index(False)
     if first_awake < context:
         warnings.warn(f"{context - first_awake} tokens of context share a window of L = {L} with "
                       "an answer: the model does not sleep over them. If it should, fill whole "
-                      "windows (pad on the left).", stacklevel=3)
+                      "windows (pad on the left).")
 
 
 def check_features(h, memory, cfg):
-    """That h is features (B, T, d), and that memory was made by a model of this layout and width."""
+    """That h is features (B, T, d), and that memory is of a model of this layout, width and kind."""
     if not torch.is_tensor(h) or not h.is_floating_point() or h.ndim != 3 or h.shape[2] != cfg.d_model:
         is_what = f"{h.dtype}, {tuple(h.shape)}" if torch.is_tensor(h) else type(h).__name__
         raise ValueError(f"h must be features (B, T, {cfg.d_model}), as model.embed(tokens) gives; "
                          f"this is {is_what}.")
+    if h.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"the weights are {h.dtype}, too coarse for S: keep them in float32, and make "
+                         "the model with Config(bf16=True) for matrix products in bfloat16.")
     if not isinstance(memory, Memory):
         raise ValueError(f"memory must be a Memory, as model.empty_memory(B) and model.sleep give; this "
                          f"is a {type(memory).__name__}.")
@@ -661,6 +842,16 @@ def check_features(h, memory, cfg):
     if h.shape[1] == 0:
         raise ValueError("h must have at least one token.")
     check_cache(memory, cfg)
+
+
+def check_window(h, memory, cfg, asleep=False):
+    """Also that h fits into what is left of the window."""
+    check_features(h, memory, cfg)
+    T = h.shape[1]
+    if memory.n_awake + T > cfg.L or (asleep and memory.n_awake > 0):
+        raise ValueError(f"{T} tokens do not fit into a window of L = {cfg.L} after {memory.n_awake} "
+                         "that were read awake: evict first (a sleep starts at the first token of a "
+                         "window).")
 
 
 def check_cache(memory, cfg):
@@ -711,213 +902,8 @@ def check_rule(q, k, v, log_alpha, beta, S):
         raise ValueError("log_alpha must be <= 0: alpha is a share of S, at most 1.")
 
 
-# The method ends here. What follows trains it, and only that needs these imports. ----------------
-import argparse
-import contextlib
-import errno
-import json
-import os
-import shutil
-import signal
-import sys
-import sysconfig
-import textwrap
-import threading
-import time
-import zipfile
-from dataclasses import replace
-from importlib.util import find_spec
-from pathlib import Path
-
-from tqdm import tqdm
-
-# A task is a class, Task(args, seed), with
-#   name, vocab_size, T         T = tokens of one sequence
-#   make_batch(step)            -> tokens (B, T) and targets (B, M), shifted and negative where
-#                               nothing is predicted, as in SleepLM.forward; and further facts if
-#                               score wants any; from seed and step alone, on args.device
-#   test                        a batch that is never trained on
-#   chance                      the score of the best constant guess on it
-#   score(tokens, targets, logits, *facts)     -> {metric: number, or {case: number}}; logits
-#                               (B, M, vocab)
-# and, if it likes,
-#   show(tokens, targets)       -> one example as text
-
-
-class BadInput(ValueError):
-    """What was asked for cannot be done. The sentence says what is wrong and what to do."""
-
-
 # ------------------------------------------------------------------------------------------------
-# Training one model
-
-def train(task, cfg, settings, path, make_model=None, draw_N=None):
-    """Train one model -> the model, its optimizers, and its run, a dict (see lab/pages/files.md).
-
-    cfg: the model's shape. settings: all flags of this run, a dict; those of cfg are among them.
-    path: of its checkpoint; training goes on from there if it exists.
-    Two hooks for the variants in lab/: make_model(cfg, settings) gives a subclass of SleepLM in its
-    place, and draw_N(step, settings) the passes of a training step, if they are not always N.
-
-    Every `eval_every` steps: evaluate, and save all that it takes to go on exactly from here.
-    BadInput if the loss or a weight is not finite.
-    """
-    steps = settings["steps"]
-    model, optimizers, run = begin(task, cfg, settings, path, make_model)
-    gradients = make_gradients(model, settings["compile"], settings["recompute"])
-    start = time.monotonic() - run["seconds"]
-    first = run["steps"]
-    # Both stay on the device until an evaluation: to read a number makes the CPU wait for a GPU.
-    loss_sum = torch.zeros((), device=settings["device"])
-    grad_max = torch.zeros((), device=settings["device"])      # largest norm, logged, not clipped
-    progress = tqdm(range(first, steps), path.stem, steps, leave=False, initial=first, disable=None)
-    for step in progress:
-        set_phase(model, optimizers, settings, step)
-        tokens, targets, *_ = task.make_batch(step)
-        N = draw_N(step, settings) if draw_N else cfg.N
-        loss = gradients(tokens, targets, N)                   # forward_backward, maybe compiled
-        loss_sum = loss_sum + loss
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        grad_max = grad_max.maximum(nn.utils.get_total_norm(grads))
-        for optimizer in optimizers:
-            optimizer.step()                                   # Algorithm 1, line 14
-        run["tokens"] += tokens.numel()
-
-        last = step + 1 == steps
-        if (step + 1) % settings["eval_every"] and not last:
-            continue
-        mean_loss = loss_sum.item() / (step + 1 - run["steps"])   # of the steps since the last time
-        if not (math.isfinite(mean_loss) and all(p.isfinite().all() for p in model.parameters())):
-            raise BadInput(f"{path.stem}: the loss or a weight is not finite after step {step + 1}; step "
-                           f"{run['steps']} is kept. Try smaller learning rates.")
-        metrics = evaluate(model, task, task.test)
-        run["steps"] = step + 1
-        run["seconds"] = round(time.monotonic() - start, 1)
-        run.update(metrics)
-        run["curve"].append(dict(step=step + 1, tokens=run["tokens"], train_loss=mean_loss,
-                                 grad_norm=grad_max.item(), **metrics))
-        save(path, model, optimizers, run)
-        tqdm.write(f"{path.stem} | step {step + 1} | {run['tokens'] / 1e6:.2f}M tokens | train loss "
-                   f"{mean_loss:.3f} | {format_metrics(metrics)} | {run['seconds']:.0f} s")
-        loss_sum = torch.zeros_like(loss_sum)
-        grad_max = torch.zeros_like(grad_max)
-    return model, optimizers, run
-
-
-def set_phase(model, optimizers, settings, step):
-    """The learning rates of this step; and Section 6.4's warm-up: attention frozen, eviction hard.
-
-    warmup is a number of steps, cooldown the last share of the steps, in which the rates fall to 0.
-    Our choice, as the models start from scratch: whole attention blocks are frozen, with their MLP;
-    SSM blocks, embedding and head learn. What is frozen gets no gradient, and optimizers skip it.
-    """
-    warming_up = step < settings["warmup"]
-    cooldown_steps = max(1.0, settings["cooldown"] * settings["steps"])
-    rate = min(1.0, (settings["steps"] - step) / cooldown_steps)           # 1, then linear towards 0
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate           # of what it was made with
-    model.cfg = replace(model.cfg, eviction="hard" if warming_up else settings["eviction"])
-    for block in model.blocks:
-        block.requires_grad_(block.kind == "s" or not warming_up)
-
-
-class Muon(torch.optim.Optimizer):
-    """Moves a matrix by its momentum with all singular values near 1 (Jordan et al. 2024).
-
-    The same step as torch.optim.Muon's, in float32, as bfloat16 is slow on a CPU, and with all
-    matrices of one shape at once.
-    """
-    momentum = 0.95
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            by_shape = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for (rows, columns), matrices in by_shape.items():
-                grads = [p.grad for p in matrices]
-                means = [self.state[p].setdefault("mean", torch.zeros_like(p)) for p in matrices]
-                # mean <- momentum * mean + (1 - momentum) * grad, then the same again (Nesterov)
-                torch._foreach_lerp_(means, grads, 1 - self.momentum)
-                X = torch.stack(torch._foreach_lerp(grads, means, self.momentum))
-                if rows > columns:
-                    X = X.mT                                               # (n, short, long)
-                X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-                for _ in range(5):             # Newton-Schulz: singular values go to 0.7 to 1.2
-                    A = X @ X.mT
-                    X = 3.4445 * X + (2.0315 * A @ A - 4.775 * A) @ X
-                if rows > columns:
-                    X = X.mT
-                scale = max(1, rows / columns) ** 0.5
-                torch._foreach_add_(matrices, list(X), alpha=-group["lr"] * scale)
-
-
-def make_optimizers(model, lr_muon, lr_adamw):
-    """Muon for the matrices of the blocks, AdamW for all else (Section 6.1), as a list.
-
-    Our choice: no weight decay. Each parameter group keeps its own rate.
-    """
-    matrices = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
-    is_matrix = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in is_matrix]
-    adamw = torch.optim.AdamW(rest, lr=lr_adamw, weight_decay=0.0, fused=rest[0].is_cuda)
-    muon = Muon(matrices, defaults=dict(lr=lr_muon))
-    return [muon, adamw]
-
-
-def forward_backward(model, tokens, targets, asleep, N):
-    """The loss (Algorithm 1, lines 1-11). Its gradients are then in p.grad."""
-    model.zero_grad()
-    _, loss = model.algorithm_1(tokens, targets, asleep, N)
-    with torch.autocast(tokens.device.type, enabled=False):                # whatever is around it
-        loss.backward()
-    return loss.detach()
-
-
-def make_gradients(model, compile, recompute):
-    """-> f(tokens (B, T), targets (B, M), N): forward_backward, made fast or small in memory.
-
-    compile: fuse every block. recompute: save memory, see SleepLM.one_pass. On CUDA a step is
-    recorded as a CUDA graph (see the end of this file), but not with recompute.
-    """
-    if compile:
-        for block in model.blocks:
-            block.compile(fullgraph=True, dynamic=False)
-    model.recompute = recompute
-    step = partial(forward_backward, model)
-    if model.head.weight.is_cuda and not recompute:
-        step = CudaGraphs(model, step)
-
-    def gradients(tokens, targets, N):
-        check_batch(tokens, targets, model.cfg.vocab_size)
-        return step(tokens, targets, model.windows_asleep(tokens, targets), N)
-
-    return gradients
-
-
-@torch.no_grad()
-def evaluate(model, task, batch, N=None):
-    """The metrics of one teacher-forced forward pass with N passes a sleep, as plain numbers."""
-    tokens, targets, *facts = batch
-    check_batch(tokens, targets, model.cfg.vocab_size)
-    asleep = model.windows_asleep(tokens, targets)
-    rows = max(1, 2 ** 17 // tokens.shape[1])                  # of some 131,000 tokens at a time
-    training = model.training
-    model.eval()
-    logits = []
-    with torch.compiler.set_stance("force_eager"):             # these shapes are not worth compiling
-        for x, y in zip(tokens.split(rows), targets.split(rows)):
-            logits.append(model.algorithm_1(x, y, asleep, N)[0])
-    model.train(training)
-    return plain_numbers(task.score(tokens, targets, torch.cat(logits), *facts))
-
-
-# ------------------------------------------------------------------------------------------------
-# Skip the rest at first reading. It begins and keeps runs, finds out what the machine can do, reads
-# the command line, and says what is wrong.
+# Runs: a model and its optimizers, new or as a checkpoint left them
 
 def begin(task, cfg, settings, path, make_model=None):
     """Model, optimizers and run: new, or as the checkpoint at `path` left them."""
@@ -927,7 +913,7 @@ def begin(task, cfg, settings, path, make_model=None):
     optimizers = make_optimizers(model, settings["lr_muon"], settings["lr_adamw"])
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])        # set_phase starts from it
+            group.setdefault("initial_lr", group["lr"])        # set_rates starts from it
     if path.exists():
         run = load(path, task, settings, model, optimizers)
         return model, optimizers, run
@@ -940,6 +926,12 @@ def begin(task, cfg, settings, path, make_model=None):
         raise BadInput(f"a metric of this task is named {', '.join(taken & set(run['chance']))}: that is "
                        "a field of the run already, take another name.")
     return model, optimizers, run
+
+
+def refuse_infinite(model, mean_loss, path, step, run):
+    if not (math.isfinite(mean_loss) and all(p.isfinite().all() for p in model.parameters())):
+        raise BadInput(f"{path.stem}: the loss or a weight is not finite after step {step + 1}; step "
+                       f"{run['steps']} is kept. Try smaller learning rates.")
 
 
 def plain_numbers(metrics):
@@ -1443,7 +1435,8 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
-                loss = self.step(tokens, targets, asleep, N)   # zero_grad: p.grad are the graph's own
+                # A step clears p.grad first, so the gradients are made in the graph's own memory.
+                loss = self.step(tokens, targets, asleep, N)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as e:

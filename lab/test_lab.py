@@ -88,7 +88,7 @@ def compiled_and_plain(backend, N, T, layout, eviction, recompute):
     for compile in (True, False):
         model = tiny(layout=layout, eviction=eviction)
         with compiled_with(counter):
-            f = sleep.make_gradients(model, compile, recompute)
+            f = sleep.make_backward(model, compile, recompute)
             loss = f(tokens, targets_for(tokens, 5), N)
         results.append([loss] + [p.grad for p in model.parameters()])
     torch._dynamo.reset()
@@ -111,8 +111,8 @@ def test_attention_that_thaws_after_a_warm_up_gets_its_gradients_when_it_is_comp
     tokens = random_tokens(T=5)
     models = [tiny(), tiny()]
     with compiled_with("aot_eager"):
-        compiled = sleep.make_gradients(models[0], True, False)
-        plain = sleep.make_gradients(models[1], False, False)
+        compiled = sleep.make_backward(models[0], True, False)
+        plain = sleep.make_backward(models[1], False, False)
         for step in range(4):
             for model in models:
                 for block in model.blocks:
@@ -134,7 +134,7 @@ def test_a_copy_an_average_and_a_pickle_of_a_compiled_model_compute_with_their_o
         torch._dynamo.reset()
         model = tiny(layout="as")
         with compiled_with("eager"):
-            sleep.make_gradients(model, True, recompute)(tokens, targets, 2)
+            sleep.make_backward(model, True, recompute)(tokens, targets, 2)
             copied = copy.deepcopy(model)
             averaged = torch.optim.swa_utils.AveragedModel(model)
             pickled = pickle.loads(pickle.dumps(model))
@@ -165,7 +165,7 @@ def test_a_step_that_is_compiled_for_this_machine_is_the_plain_step():
     grads = []
     for compile in (False, True):
         model = tiny(layout="s")
-        f = sleep.make_gradients(model, compile, False)
+        f = sleep.make_backward(model, compile, False)
         losses.append(f(tokens, targets_for(tokens, 5), 1))
         grads.append([p.grad for p in model.parameters()])
     close(losses[1], losses[0], 1e-10)
@@ -1646,17 +1646,17 @@ def test_every_change_of_a_sleep_changes_the_answers_or_the_gradient_alone():
 def test_carrying_S_without_h_is_a_replay_of_fixed_keys_and_values():
     model = changed(carry="S", layout="as", N=3)
     calls = []
-    rule = sleep.gated_delta_rule_chunked
+    rule = sleep.fast_weight_rule_chunked
 
     def spy(*args):
         calls.append(args)
         return rule(*args)
 
-    with patched(sleep, "gated_delta_rule_chunked", spy):
+    with patched(sleep, "fast_weight_rule_chunked", spy):
         slept = model.sleep(model.embed(random_tokens(T=5)), model.empty_memory(3))
     *first_pass, S, _ = calls[0]
     for _ in range(3):                     # the first pass's keys and values, three times
-        _, S = sleep.gated_delta_rule(*first_pass, S)
+        _, S = sleep.fast_weight_rule(*first_pass, S)
     close(slept.S[1], S, 1e-10)
 
 
@@ -1763,7 +1763,13 @@ def test_a_loss_after_every_pass_is_the_mean_of_the_losses_asked_then_weighted_b
     model = changed(every_pass=True, N=3)
     tokens = random_tokens(T=13)
     targets = targets_for(tokens, 3)       # two sleeps: the first one always has all three passes
-    losses = [tiny(N=3)(tokens, targets, [3, n, 1])[1] for n in (1, 2, 3)]
+    plain = tiny(N=3)
+    losses = []
+    for n in (1, 2, 3):
+        memory = plain.sleep(plain.embed(tokens[:, :5]), plain.empty_memory(3))
+        memory = plain.sleep(plain.embed(tokens[:, 5:10]), memory, n)
+        logits, _ = plain.wake(plain.embed(tokens[:, 10:]), memory)
+        losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
     close(model(tokens, targets)[1], (losses[0] + 2 * losses[1] + 3 * losses[2]) / 6, 1e-12)
     with torch.no_grad():                  # a test asks after the last one
         close(model(tokens, targets)[1], losses[2], 1e-12)
@@ -1834,7 +1840,7 @@ def test_a_span_repeats_its_passes_for_the_gradient_with_the_same_numbers():
     tokens = random_tokens(T=13)
     model = span(1, 3, N=3)
     repeated = span(1, 3, N=3)
-    repeated.recompute = True
+    sleep.make_backward(repeated, compile=False, recompute=True)
     same_outcome(model, repeated, tokens, targets_for(tokens, 3))
 
 
@@ -1879,7 +1885,7 @@ def test_a_write_that_copies_writes_what_s_says_at_a_second_key():
     mixer, x, q, k, v, S = fast_weights("copy")
     o, new_S = mixer.write_and_read(x, q, k, v, S)
     for chunk in (1, 3):                                       # several chunks: the same numbers
-        whole = sleep.gated_delta_rule_chunked
+        whole = sleep.fast_weight_rule_chunked
         a, b = (x @ mixer.ab.weight.T).transpose(1, 2).chunk(2, 1)
         log_alpha = -F.softplus(a + mixer.dt_bias[:, None])
         pieces = variants.read_one_key_write_another(q, k, k, v, log_alpha, b.sigmoid(), S, chunk)
@@ -2122,19 +2128,19 @@ def test_a_write_that_overshoots_swaps_two_places_and_has_twice_the_beta():
     k = F.normalize(torch.tensor([1.0, -1, 0, 0]), dim=0)[None, None, None]    # e_0 - e_1
     v = torch.zeros_like(k)
     two = torch.full((1, 1, 1), 2.0)
-    _, S = sleep.gated_delta_rule(k, k, v, torch.zeros(1, 1, 1), two, torch.eye(4)[None, None])
+    _, S = sleep.fast_weight_rule(k, k, v, torch.zeros(1, 1, 1), two, torch.eye(4)[None, None])
     assert torch.allclose(S[0, 0], torch.eye(4)[[1, 0, 2, 3]], atol=1e-6)      # I - 2 k k^T
     torch.manual_seed(0)
     layer = swaps.Overshoot(Config(7, 20, 5, layout="s", d_model=16, n_head=2))
     betas = []
-    rule = sleep.gated_delta_rule_chunked
+    rule = sleep.fast_weight_rule_chunked
 
     def spy(q, k, v, log_alpha, beta, *rest):
         betas.append(beta)
         return rule(q, k, v, log_alpha, beta, *rest)
 
     x = torch.randn(2, 9, 16)
-    with patched(sleep, "gated_delta_rule_chunked", spy):
+    with patched(sleep, "fast_weight_rule_chunked", spy):
         layer(x, torch.zeros(2, 2, 8, 8))
         sleep.FastWeights.forward(layer, x, torch.zeros(2, 2, 8, 8))
     b = (x @ layer.ab.weight.T)[..., 2:].transpose(1, 2)
@@ -2773,12 +2779,12 @@ def test_the_benchmark_times_the_rule_of_transformers_if_it_is_there():
     def theirs(q, k, v, g, beta, chunk_size, initial_state, output_final_state):
         """The conventions of theirs: tokens before heads, S transposed, q divided by sqrt(K)."""
         q, k, v = (x.transpose(1, 2) for x in (q * q.shape[3] ** -0.5, k, v))
-        o, S = sleep.gated_delta_rule(q, k, v, g.mT, beta.mT, initial_state.mT)
+        o, S = sleep.fast_weight_rule(q, k, v, g.mT, beta.mT, initial_state.mT)
         return o.transpose(1, 2), S.mT
 
     module = sys.modules.get(name)
     try:
-        sys.modules[name] = SimpleNamespace(torch_chunk_gated_delta_rule=theirs)
+        sys.modules[name] = SimpleNamespace(torch_chunk_fast_weight_rule=theirs)
         rules = benchmark.forms_of_the_rule("cpu", compile=False)
         sys.modules[name] = None                               # to import it fails, as if not there
         without = benchmark.forms_of_the_rule("cpu", compile=False)
@@ -2790,7 +2796,7 @@ def test_the_benchmark_times_the_rule_of_transformers_if_it_is_there():
     added = set(rules) - set(without)
     assert added == {"transformers", "transformers, chunks that fit"}
     for rule in added:
-        for a, b in zip(rules[rule](*inputs), sleep.gated_delta_rule(*inputs)):
+        for a, b in zip(rules[rule](*inputs), sleep.fast_weight_rule(*inputs)):
             close(a, b, 1e-6)
 
 
@@ -2812,10 +2818,10 @@ def test_the_check_of_a_gpu_allows_the_rounding_of_bfloat16_and_not_more():
 
 def verdict_with_fault(factor):
     """The check of its first case on the CPU, if training has its gradients times a factor."""
-    make_gradients = sleep.make_gradients
+    make_backward = sleep.make_backward
 
     def make_wrong_gradients(model, compile, recompute):
-        gradients = make_gradients(model, compile, recompute)
+        gradients = make_backward(model, compile, recompute)
 
         def wrong(*args):
             loss = gradients(*args)
@@ -2828,7 +2834,7 @@ def verdict_with_fault(factor):
         return wrong
 
     name, case = next(iter(gpu_check.CASES.items()))
-    with (patched(sleep, "make_gradients", make_wrong_gradients),
+    with (patched(sleep, "make_backward", make_wrong_gradients),
           patched(gpu_check, "CASES", {name: case})):
         return run_line(gpu_check.main, "--device cpu --no_compile")
 
@@ -3208,8 +3214,8 @@ def without_comments(code):
 
 
 def changed_by(diff):
-    """sleep.py up to where the method ends, with the lines of a diff exchanged, as a module."""
-    method = (HERE / "sleep.py").read_text(encoding="utf-8").partition("# The method ends here.")[0]
+    """sleep.py, with the lines of a diff exchanged, as a module."""
+    method = (HERE / "sleep.py").read_text(encoding="utf-8")
     old, = re.findall(r"^-(.*)$", diff, re.M)
     new, = re.findall(r"^\+(.*)$", diff, re.M)
     assert method.count(old + "\n") == 1, old
@@ -3739,7 +3745,7 @@ def test_a_sleep_repeats_the_span_alone_and_one_pass_is_the_plain_model():
     h = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))
     for recompute in (False, True):
         built = awaken(pretrained.make(shape, tensors, L=16, layout="asasas", span=(2, 5)))
-        built.recompute = recompute
+        sleep.make_backward(built, compile=False, recompute=recompute)
         calls = [0] * 6
         for i, block in enumerate(built.blocks):
             block.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
@@ -3815,11 +3821,12 @@ def test_a_warm_up_step_moves_inserted_blocks_only_and_words_never_move():
     optimizers = sleep.make_optimizers(built, 1e-2, 1e-2)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["initial_lr"] = group["lr"]
-    gradients = sleep.make_gradients(built, False, False)
+    gradients = sleep.make_backward(built, False, False)
 
     def moved(step):
         before = {name: p.detach().clone() for name, p in built.named_parameters()}
-        sleep.set_phase(built, optimizers, settings, step)
+        sleep.set_rates(optimizers, settings, step)
+        sleep.warm_up(built, settings, step)
         gradients(*task.make_batch(step)[:2], 2)
         for optimizer in optimizers:
             optimizer.step()

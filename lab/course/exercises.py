@@ -70,7 +70,7 @@ def which_replay_repairs():
 def compose(S, keys, keys2):
     """S (K, K) maps every key to another key, as the edges of a graph do. Return an S whose read
     with keys2[i] is what two reads give, S (S keys[i]), and with keys[i] what it was. keys, keys2
-    (n, K) are all orthogonal; write with delta_write or with sleep.gated_delta_rule."""
+    (n, K) are all orthogonal; write with delta_write or with sleep.fast_weight_rule."""
     raise NotImplementedError
 
 
@@ -78,7 +78,7 @@ def compose(S, keys, keys2):
 # 5. Many tokens at once (hard, 40 minutes)
 
 def two_tokens(q, k, v, log_alpha, beta, S):
-    """sleep.gated_delta_rule for exactly two tokens, without a loop over them: q, k (2, K), v (2,
+    """sleep.fast_weight_rule for exactly two tokens, without a loop over them: q, k (2, K), v (2,
     V), log_alpha, beta (2,), S (V, K) -> o (2, V) and the new S. Without the state after the
     first."""
     raise NotImplementedError
@@ -199,7 +199,7 @@ HINTS = (
     "that are orthogonal do not disturb each other.",
     "Write o_1 and u_1 first, with S alone; u is what is written at a key. Then u_2 = beta_2 "
     "(v_2 - what S, decayed twice, and u_1, decayed once, recall at k_2). "
-    "sleep.gated_delta_rule_chunked says the same.",
+    "sleep.fast_weight_rule_chunked says the same.",
     "sleep.latest takes the last n tokens. What crosses an eviction, besides S? And what can a "
     "window leave behind that no pass has read?",
     "Line 7 of Algorithm 1: h and S come out of a pass and go into the next one; the cache does "
@@ -240,7 +240,7 @@ def same_memory(a, b):
 def tiny(N=2, **change):
     """A small model with random weights, which are not trained."""
     torch.manual_seed(0)
-    settings = dict(T=35, L=8, N=N, layout="as", d_model=16, n_head=2) | change
+    settings = dict(seq_len=35, L=8, N=N, layout="as", d_model=16, n_head=2) | change
     model = sleep.SleepLM(sleep.Config(3, **settings))
     torch.nn.init.normal_(model.head.weight)   # initialised as 0: every answer would be alike
     return model.requires_grad_(False)
@@ -272,7 +272,7 @@ def check_1(m):
         beta = torch.ones(1, 1, 9)
         no_decay = torch.zeros(1, 1, 9)
         empty = torch.zeros(1, 1, 8, 8)
-        _, S = sleep.gated_delta_rule(k, k, values[None, None], no_decay, beta, empty)
+        _, S = sleep.fast_weight_rule(k, k, values[None, None], no_decay, beta, empty)
         error = (keys @ S[0, 0].mT - values[:8]).norm(dim=1)
         wrong = error > 1e-3
         must(torch.equal(torch.as_tensor(m.changed_by(keys, ninth)), wrong),
@@ -296,7 +296,7 @@ def check_3(m):
     for beta in (0.0, 0.3, 1.0):
         one_k = k[None, None, None]
         one_v = v[None, None, None]
-        _, wanted = sleep.gated_delta_rule(one_k, one_k, one_v, torch.zeros(1, 1, 1),
+        _, wanted = sleep.fast_weight_rule(one_k, one_k, one_v, torch.zeros(1, 1, 1),
                                            torch.full((1, 1, 1), beta), S[None, None])
         must(near(m.delta_write(S, k, v, beta), wanted[0, 0]),
              f"delta_write: wrong for beta = {beta}.")
@@ -324,7 +324,7 @@ def check_5(m):
     log_alpha = -torch.rand(2)
     beta = torch.rand(2)
     S = torch.randn(3, 4)
-    o, new_S = sleep.gated_delta_rule(*(x[None, None] for x in (q, k, v, log_alpha, beta, S)))
+    o, new_S = sleep.fast_weight_rule(*(x[None, None] for x in (q, k, v, log_alpha, beta, S)))
     found, used = without_the_rules(lambda: m.two_tokens(q, k, v, log_alpha, beta, S))
     must(not used, "two_tokens: write it without the rules of sleep.py.")
     must(isinstance(found, tuple) and len(found) == 2, "two_tokens: return o and S.")
@@ -335,18 +335,18 @@ def check_5(m):
 
 def without_the_rules(f):
     """f(), and whether it called one of the rules of sleep.py."""
-    rules = sleep.gated_delta_rule, sleep.gated_delta_rule_chunked
+    rules = sleep.fast_weight_rule, sleep.fast_weight_rule_chunked
     calls = []
 
     def spy(*args, **options):
         calls.append(args)
 
-    sleep.gated_delta_rule = spy
-    sleep.gated_delta_rule_chunked = spy
+    sleep.fast_weight_rule = spy
+    sleep.fast_weight_rule_chunked = spy
     try:
         return f(), len(calls) > 0
     finally:
-        sleep.gated_delta_rule, sleep.gated_delta_rule_chunked = rules
+        sleep.fast_weight_rule, sleep.fast_weight_rule_chunked = rules
 
 
 def check_6(m):
@@ -373,7 +373,7 @@ def check_7(m):
              f"sleep_over: with N = {N} the memory is not that of SleepLM.sleep.")
     sizes = ((35, 16, 3, 1), (35, 16, 3, 4), (32, 16, 3, 4), (35, 16, 20, 4), (16, 16, 1, 9))
     for T, L, M, N in sizes:
-        n_passes = count_passes(tiny(L=L, T=T), T, M, N)
+        n_passes = count_passes(tiny(L=L, seq_len=T), T, M, N)
         must(m.passes_in_all(T, L, M, N) == n_passes,
              f"passes_in_all: T = {T}, L = {L}, M = {M}, N = {N} takes another number of passes.")
 

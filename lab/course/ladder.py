@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lab.common import parser, program
-from sleep import gated_delta_rule
+from sleep import fast_weight_rule
 
 NODES = 12
 CYCLES = 50
@@ -41,7 +41,7 @@ def write(S, keys, values, alpha=1.0, delta=True):
     log_alpha = torch.full(keys.shape[:2], alpha).log()[:, None]               # (CYCLES, 1, T)
     beta = torch.ones_like(log_alpha)
     q = k                                  # what is read meanwhile is not used
-    _, S = gated_delta_rule(q, k, v, log_alpha, beta, S[:, None], delta)
+    _, S = fast_weight_rule(q, k, v, log_alpha, beta, S[:, None], delta)
     return S[:, 0]
 
 

@@ -135,7 +135,7 @@ class Unwritten(sleep.FastWeights):
         beta = b.sigmoid() * written
         speed = self.A_log.exp()[:, None]
         log_alpha = -speed * F.softplus(a + self.dt_bias[:, None]) * written
-        return sleep.gated_delta_rule_chunked(q, k, v, log_alpha, beta, S)
+        return sleep.fast_weight_rule_chunked(q, k, v, log_alpha, beta, S)
 
 
 class Majority:

@@ -38,7 +38,7 @@ class Overshoot(sleep.FastWeights):
         beta = 2 * b.sigmoid()
         speed = self.A_log.to(x.dtype).exp()[:, None]
         log_alpha = -speed * F.softplus(a + self.dt_bias.to(x.dtype)[:, None])
-        return sleep.gated_delta_rule_chunked(q, k, v, log_alpha, beta, S)
+        return sleep.fast_weight_rule_chunked(q, k, v, log_alpha, beta, S)
 
 
 class Swaps:

@@ -9,7 +9,6 @@ import random
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import sleep
 
@@ -118,7 +117,7 @@ class ChangedSleep(sleep.SleepLM):
     def after_each_pass(self, h, memory, N=None):
         """N + 1 memories: what is left after 0, ..., N passes over the window, and an eviction."""
         N = self.cfg.N if N is None else sleep.whole_number("N", N, 0)
-        self.check(h, memory, asleep=True)
+        sleep.check_window(h, memory, self.cfg, asleep=True)
         embedded = h
         S = memory.S
         memories = [self.evict(memory)]
@@ -162,7 +161,7 @@ class ChangedSleep(sleep.SleepLM):
         return now.detach() + before - before.detach()
 
     def wake(self, h, memory):
-        self.check(h, memory)
+        sleep.check_window(h, memory, self.cfg)
         n_awake = memory.n_awake + h.shape[1]
         for _ in range(self.think):        # from the S before the window: a later S saw its tokens
             h, S, cache = self.one_pass(h, memory.S, memory.cache)
@@ -219,28 +218,22 @@ class SpanLM(sleep.SleepLM):
 
     def sleep(self, h, memory, N=None):
         N = self.cfg.N if N is None else sleep.whole_number("N", N, 0)
-        self.check(h, memory, asleep=True)
+        sleep.check_window(h, memory, self.cfg, asleep=True)
         S = memory.S
         cache = list(memory.cache)
         for n in range(N):
             first = 0 if n == 0 else self.first
             stop = len(self.blocks) if n == N - 1 else self.stop
-            h, S, new_cache = self.pass_of(first, stop, h, S, memory.cache)
+            h, S, new_cache = self.one_pass(h, S, memory.cache, first, stop)
             cache[first:stop] = new_cache[first:stop]          # a block's last cache
         return self.evict(sleep.Memory(S, cache, 0))
 
-    def pass_of(self, first, stop, h, S, cache):
-        """SleepLM.one_pass through blocks first to stop - 1."""
-        if self.recompute and torch.is_grad_enabled():
-            return recompute_in_backward(self.span_once, first, stop, h, S, cache,
-                                         use_reentrant=False, preserve_rng_state=False)
-        return self.span_once(first, stop, h, S, cache)
-
-    def span_once(self, first, stop, h, S, cache):
+    def one_pass(self, h, S, cache, first=0, stop=None):
+        """SleepLM.one_pass through blocks first to stop - 1 only."""
         S = list(S)
         cache = list(cache)
         with torch.autocast(h.device.type, torch.bfloat16, self.cfg.bf16, cache_enabled=False):
-            for i in range(first, stop):
+            for i in range(len(self.blocks))[first:stop]:
                 h, S[i], cache[i] = self.blocks[i](h, S[i], cache[i])
         return h, S, cache
 
@@ -277,7 +270,7 @@ class TwoWrites(sleep.FastWeights):
         v2 = sleep.split_heads(F.silu(self.v2(x)), self.H)
         beta2 = self.b2(x).transpose(1, 2).sigmoid()
         # Two steps of the rule a token. It forgets in the first and reads after the second.
-        o, S = sleep.gated_delta_rule_chunked(
+        o, S = sleep.fast_weight_rule_chunked(
             in_turn(q, q), in_turn(k, k2), in_turn(v, v2),
             in_turn(log_alpha, torch.zeros_like(log_alpha)), in_turn(b.sigmoid(), beta2), S)
         return o[:, :, 1::2], S
@@ -331,7 +324,7 @@ class CopyWrite(sleep.FastWeights):
 
 
 def read_one_key_write_another(q, k, r, v, log_alpha, beta, S, chunk=64):
-    """sleep.gated_delta_rule_chunked with S_t = S + beta (v - S r) k^T: what is lacking is read at r."""
+    """sleep.fast_weight_rule_chunked with S_t = S + beta (v - S r) k^T: what is lacking is read at r."""
     outputs = []
     chunks = (x.split(chunk, 2) for x in (q, k, r, v, log_alpha, beta))
     for q_c, k_c, r_c, v_c, log_alpha_c, beta_c in zip(*chunks):

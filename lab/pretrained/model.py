@@ -118,8 +118,7 @@ class PretrainedLM(sleep.SleepLM):
         self.cfg = cfg
         self.shape = shape
         self.span = span or (0, len(cfg.layout))
-        self.recompute = False
-        self.embed = sleep.Embed(cfg.vocab_size, cfg.d_model)
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         blocks = [PretrainedBlock(cfg, shape) if kind == "a" else InsertedBlock(cfg)
                   for kind in cfg.layout]
         self.blocks = nn.ModuleList(blocks)
@@ -188,12 +187,6 @@ class PretrainedLM(sleep.SleepLM):
     # The passes: as in SleepLM, but for a part of the blocks
 
     def one_pass(self, h, S, cache, part=slice(None)):
-        if self.recompute and torch.is_grad_enabled():
-            return sleep.recompute_in_backward(self.blocks_once, h, S, cache, part,
-                                               use_reentrant=False, preserve_rng_state=False)
-        return self.blocks_once(h, S, cache, part)
-
-    def blocks_once(self, h, S, cache, part=slice(None)):
         S = list(S)
         cache = list(cache)
         with torch.autocast(h.device.type, torch.bfloat16, self.cfg.bf16, cache_enabled=False):
@@ -204,7 +197,7 @@ class PretrainedLM(sleep.SleepLM):
     def sleep(self, h, memory, N=None):
         """SleepLM.sleep, with the span repeated: N = 1 reads every block once, as a plain model."""
         N = self.cfg.N if N is None else sleep.whole_number("N", N, 0)
-        self.check(h, memory, asleep=True)
+        sleep.check_window(h, memory, self.cfg, asleep=True)
         if N == 0:
             return self.evict(memory)
         first, end = self.span
@@ -218,7 +211,7 @@ class PretrainedLM(sleep.SleepLM):
 
     def wake_features(self, h, memory):
         """`wake` without the head: normed features (B, T, d) and the memory."""
-        self.check(h, memory)
+        sleep.check_window(h, memory, self.cfg)
         h_out, S, cache = self.one_pass(h, memory.S, memory.cache)
         return self.norm(h_out), sleep.Memory(S, cache, memory.n_awake + h.shape[1])
 
@@ -228,13 +221,12 @@ class PretrainedLM(sleep.SleepLM):
         """
         B, M = targets.shape
         windows = tokens.split(self.cfg.L, dim=1)
-        N = N if isinstance(N, (list, tuple)) else [N] * len(windows)
         features = []
         memory = self.empty_memory(B)
-        for window, window_sleeps, passes in zip(windows, asleep, N, strict=True):
+        for window, window_sleeps in zip(windows, asleep, strict=True):
             h = self.embed(window)
             if window_sleeps:
-                memory = self.sleep(h, memory, passes)
+                memory = self.sleep(h, memory, N)
                 features.append(torch.zeros_like(h))
             else:
                 window_features, memory = self.wake_features(h, memory)

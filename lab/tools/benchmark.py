@@ -121,7 +121,7 @@ def unit_lower_inverse(A):
 
 
 def block_merge(q, k, v, log_alpha, beta, S, chunk=64):
-    """sleep.gated_delta_rule_chunked with inverses for its systems, all chunks of them at once."""
+    """sleep.fast_weight_rule_chunked with inverses for its systems, all chunks of them at once."""
     T = q.shape[2]
     n = math.ceil(T / chunk)
     C = math.ceil(T / n)
@@ -150,7 +150,7 @@ def block_merge(q, k, v, log_alpha, beta, S, chunk=64):
 
 def forms_of_the_rule(device, compile):
     """{name: form of the rule}"""
-    rules = {"recurrent": sleep.gated_delta_rule, "chunked": sleep.gated_delta_rule_chunked,
+    rules = {"recurrent": sleep.fast_weight_rule, "chunked": sleep.fast_weight_rule_chunked,
              "chunked, block merge": block_merge}
     if compile:
         for name in ("chunked", "chunked, block merge"):
@@ -171,14 +171,14 @@ def rules_of_transformers():
 
     It pads to whole chunks of 64 tokens; so there is a second one, of chunks that fit.
     """
-    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_fast_weight_rule
 
     def rule(q, k, v, log_alpha, beta, S, fit=False):
         T = q.shape[2]
         chunk = math.ceil(T / math.ceil(T / 64)) if fit else 64
         q = q * q.shape[3] ** 0.5
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        o, S = torch_chunk_gated_delta_rule(q, k, v, log_alpha.mT, beta.mT, chunk_size=chunk,
+        o, S = torch_chunk_fast_weight_rule(q, k, v, log_alpha.mT, beta.mT, chunk_size=chunk,
                                             initial_state=S.mT, output_final_state=True)
         return o.transpose(1, 2), S.mT
 
@@ -187,11 +187,11 @@ def rules_of_transformers():
 
 def rules_of_fla():
     """fla-core's Triton kernel, in bfloat16; it takes (B, T, H, K) and S^T."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from fla.ops.fast_weight_rule import chunk_fast_weight_rule
 
     def rule(q, k, v, log_alpha, beta, S):
         q, k, v = (x.transpose(1, 2).bfloat16() for x in (q, k, v))
-        o, S = chunk_gated_delta_rule(q, k, v, log_alpha.mT, beta.mT, scale=1.0,
+        o, S = chunk_fast_weight_rule(q, k, v, log_alpha.mT, beta.mT, scale=1.0,
                                       initial_state=S.mT, output_final_state=True)
         return o.transpose(1, 2), S.mT
 
@@ -248,7 +248,7 @@ def bench_rule(device, quick, compile, seconds):
             return [*results, *torch.autograd.grad(loss, leaves)]
 
         exact_device = "cpu" if device == "mps" else device    # MPS has no float64
-        exact = both(sleep.gated_delta_rule, [x.to(exact_device).double() for x in inputs])
+        exact = both(sleep.fast_weight_rule, [x.to(exact_device).double() for x in inputs])
         rows_of_shape = []
         for name, rule in rules.items():
             if T >= 2048 and "compiled" in name:
@@ -286,8 +286,8 @@ def training_step(device, compile, T, B, M=4, **settings):
     """A model, step() = one training step on random tokens, M of them predicted, and its batch."""
     torch.manual_seed(0)
     bf16 = sleep.has_bf16(device)
-    model = sleep.SleepLM(sleep.Config(vocab_size=3, T=T, bf16=bf16, **settings)).to(device)
-    gradients = sleep.make_gradients(model, compile, False)
+    model = sleep.SleepLM(sleep.Config(vocab_size=3, seq_len=T, bf16=bf16, **settings)).to(device)
+    gradients = sleep.make_backward(model, compile, False)
     optimizers = sleep.make_optimizers(model, 1e-3, 1e-3)
     tokens = torch.randint(3, (B, T), device=device)
     targets = torch.randint(3, (B, M), device=device)
@@ -370,9 +370,9 @@ def bench_L(device, quick, compile, seconds):
 
 def bench_wake(device, quick, compile, seconds):
     """One stream: time of an answered token, of a sleep, and bytes of what is remembered."""
-    size = dict(T=12000, L=512, layout="asas", d_model=512, n_head=8)
+    size = dict(seq_len=12000, L=512, layout="asas", d_model=512, n_head=8)
     if device != "cuda":
-        size = dict(T=1024, L=64, layout="as", d_model=64, n_head=2)
+        size = dict(seq_len=1024, L=64, layout="as", d_model=64, n_head=2)
     L = size["L"]
     rows = []
     for N in (1, 2) if quick else (1, 2, 4, 8):
@@ -389,9 +389,9 @@ def bench_wake(device, quick, compile, seconds):
         kv = [x for block in full.cache for x in (block.keys, block.values) if x is not None]
         bytes_cache = sum(x.nbytes for x in kv) * L // (L - 1)
         rows.append(dict(N=N, wake=awake, sleep=asleep, bytes_S=bytes_S, bytes_cache=bytes_cache,
-                         bytes_full_attention=bytes_cache * size["T"] // L))
+                         bytes_full_attention=bytes_cache * size["seq_len"] // L))
         print(f"  N = {N}: a token {format_time(awake)}, a sleep {format_time(asleep)}", flush=True)
-    print(f"  bytes: S {bytes_S:,}, cache of a full window {bytes_cache:,}, of all {size['T']:,} "
+    print(f"  bytes: S {bytes_S:,}, cache of a full window {bytes_cache:,}, of all {size['seq_len']:,} "
           f"tokens {rows[-1]['bytes_full_attention']:,}")
     return rows
 

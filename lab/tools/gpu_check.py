@@ -32,10 +32,10 @@ def make_batch(cfg, step, device):
     """Tokens (B, T) and targets (B, M) of one of two lengths."""
     g = torch.Generator().manual_seed(step)
     B = 16 if device == "cuda" else 2
-    T = cfg.T
+    T = cfg.seq_len
     M = 5                                  # the tokens before them fill whole windows
     if step % 3 == 0:
-        T = cfg.T - cfg.L
+        T = cfg.seq_len - cfg.L
     tokens = torch.randint(cfg.vocab_size, (B, T), generator=g)
     targets = torch.randint(cfg.vocab_size, (B, M), generator=g)
     return tokens.to(device), targets.to(device)
@@ -64,15 +64,15 @@ def compare(change, compile, device, bf16):
     inf if a number is not finite. The median, since random models are sensitive: in a step or two of
     eight, bfloat16 may turn the whole gradient.
     """
-    size = dict(T=69, L=16, d_model=64) if device == "cuda" else dict(T=23, L=6, d_model=16)
+    size = dict(seq_len=69, L=16, d_model=64) if device == "cuda" else dict(seq_len=23, L=6, d_model=16)
     cfg = sleep.Config(vocab_size=11, n_head=2, bf16=bf16, **size, **change)
     exact = make_model(replace(cfg, bf16=False), device)
     plain = make_model(cfg, device)
     trained = make_model(cfg, device)
     models = [exact, plain, trained]
-    gradients = [sleep.make_gradients(exact, compile=False, recompute=True),
-                 sleep.make_gradients(plain, compile=False, recompute=True),
-                 sleep.make_gradients(trained, compile=compile, recompute=False)]
+    gradients = [sleep.make_backward(exact, compile=False, recompute=True),
+                 sleep.make_backward(plain, compile=False, recompute=True),
+                 sleep.make_backward(trained, compile=compile, recompute=False)]
     distances = {"plain": [], "trained": []}
     for step in range(STEPS):
         tokens, targets = make_batch(cfg, step, device)

@@ -169,7 +169,7 @@ def draw_call(rng):
             q, k, v = torch.randn(3, 2, 2, T, 4)
             gate = torch.randn(2, 2, T)
             S = torch.randn(2, 2, 4, rng.choice([4, 4, 3]))
-            return list(sleep.gated_delta_rule_chunked(q, k, v, gate, gate.sigmoid(), S))
+            return list(sleep.fast_weight_rule_chunked(q, k, v, gate, gate.sigmoid(), S))
         other = sleep.SleepLM(sleep.Config(5, 16, 8, layout=rng.choice(["as", "sa", "s"]), d_model=8, n_head=2))
         memory = rng.choice([model, other]).empty_memory(rng.choice([2, 3]))
         h = rng.choice([tokens, torch.randn(2, T, 8), torch.randn(2, T, 6)])
