@@ -1363,7 +1363,9 @@ def run_all(name, args, plans, out, make_model=None, draw_N=None):
         runs.append(run)
     for run in runs:
         say_result(run)
-    print(f"saved in {out}; to draw it: python -m lab.tools.draw_runs {out}")
+    print(f"saved in {out}")
+    if Path(__file__).with_name("lab").is_dir():               # this file may have been copied alone
+        print(f"to draw it: python -m lab.tools.draw_runs {out}")
 
 
 def say_machine(args, model, run):
