@@ -14,9 +14,9 @@ one pass, whatever N is. N = 1 is the plain hybrid of attention and SSM blocks.
                         a whole sequence or (part of) a window
   targets               what the last M positions are to predict         (B, M)
   h          h          features (hidden states): a vector of width d    (B, T, d)
-                        for each token
+                        per token
   q k v      q k v      query, key, value                                (B, H, T, K or V)
-  H, K, V               heads; sizes of a key and of a value: both d / H
+  H, K, V               heads; sizes of a key and of a value, both d / H
   alpha      alpha_t    the share of S that a token keeps; log_alpha <= 0   (B, H, T)
   beta       beta_t     how strongly a token is written, in (0, 1)       (B, H, T)
   S          S_t        fast weights: S k is close to v                  (B, H, V, K)
@@ -26,7 +26,7 @@ one pass, whatever N is. N = 1 is the plain hybrid of attention and SSM blocks.
 The order of this file: the fast-weight rule, token by token; the model and its sleep; its layers;
 training. Then one line says: skip the rest at first reading.
 
-`python sleep.py` shows a trained model asleep.
+`python sleep.py` shows a trained model asleep, if the folder lab/ is beside this file.
 """
 import math
 import operator
@@ -83,12 +83,12 @@ class Config:
     seq_len: int                   # tokens of a training sequence: sets only how slowly S forgets at first
     L: int                         # window of attention, in tokens
     N: int = 1                     # passes of a sleep, where a call does not say otherwise
-    layout: str = "asas"           # one letter a block: a = attention, s = SSM (fast weights)
+    layout: str = "asas"           # one letter per block: a = attention, s = SSM (fast weights)
     d_model: int = 256             # width d
     n_head: int = 4                # heads H of every mixer
     eviction: str = "hard"         # hard: only S survives; sliding: also the latest L - 1 tokens
     update_rule: str = "gated_delta"   # one of UPDATE_RULES
-    conv: str = "as"               # blocks with a short convolution in front; in the paper: s
+    conv: str = "as"               # letters of the blocks with a short convolution; in the paper: s
     bf16: bool = False             # matrix products of the blocks in bfloat16; the rule in float32
 
     def __post_init__(self):
@@ -104,8 +104,8 @@ class Cache(NamedTuple):
 
 class Memory(NamedTuple):
     """All that a model knows of the past. It is passed in and returned, never kept in the module."""
-    S: list                        # one a block: fast weights (B, H, V, K), None for attention
-    cache: list                    # one Cache a block
+    S: list                        # one per block: fast weights (B, H, V, K), None for attention
+    cache: list                    # one Cache per block
     n_awake: int                   # tokens of this window that were read so far; only checked
 
 
@@ -137,7 +137,7 @@ class SleepLM(nn.Module):
         return self.algorithm_1(tokens, targets, asleep, N)
 
     def windows_asleep(self, tokens, targets):
-        """Line 5, one bool a window: it sleeps if its loss mask is zero.
+        """Line 5, one bool per window: it sleeps if its loss mask is zero.
 
         Our choice for a batch: a window sleeps only if it has no target in any of the sequences.
         """
@@ -150,9 +150,10 @@ class SleepLM(nn.Module):
         return asleep
 
     def algorithm_1(self, tokens, targets, asleep, N=None):
-        """Algorithm 1, if it is known which windows sleep: asleep, one bool a window.
+        """Algorithm 1, if it is known which windows sleep: asleep, one bool per window.
 
-        Apart from `forward`, as windows_asleep looks at the targets. A CUDA graph may not do that.
+        tokens and targets are as check_batch returns them: every negative target is -1. Apart from
+        `forward` for the sake of CUDA graphs, in which nothing may look at the targets.
         """
         logits = []
         memory = self.empty_memory(len(tokens))                            # line 1: S <- 0
@@ -171,7 +172,7 @@ class SleepLM(nn.Module):
         return logits, loss
 
     def sleep(self, h, memory, N=None):
-        """N passes over a window, then eviction (Algorithm 1, lines 6-7). N = 0 evicts it unread.
+        """N passes over a window, then eviction (Algorithm 1, lines 6-7). N = 0, a control: no pass.
 
         h (B, T <= L, d): embeddings of the window. Every pass starts from the h and S that the pass
         before returned; between passes h is neither normed nor mixed with the embeddings again. The
@@ -185,15 +186,15 @@ class SleepLM(nn.Module):
         S = memory.S
         cache = memory.cache
         for _ in range(N):                                                 # line 6
-            # Every pass sees the cache from before this window, never that of the pass before, in
-            # which attention would find the same tokens once more.
+            # Every pass sees the cache of earlier windows. With that of the pass before, attention
+            # would see the window twice.
             h, S, cache = self.one_pass(h, S, memory.cache)                # line 7
-        return self.evict(Memory(S, cache, 0))
+        return self.evict(Memory(S, cache, n_awake=0))
 
     def evict(self, memory):
         """Hard eviction empties the cache; sliding eviction keeps L - 1 tokens of it. S stays."""
         if self.cfg.eviction == "hard":
-            B = len(memory.cache[0].tail)
+            B = len(memory.cache[0].tail)                      # every block has one, perhaps empty
             return Memory(memory.S, self.empty_memory(B).cache, 0)
         keep = self.cfg.L - 1
         cache = []
@@ -207,13 +208,14 @@ class SleepLM(nn.Module):
     def wake(self, h, memory):
         """One pass over h (B, T, d), the next tokens of a window (Algorithm 1, line 10).
 
-        h are embeddings, as in pass 1 of a sleep. The S that they read was last written from
-        features of pass N: nothing in the model corrects for that, training has to. Returns logits
-        (B, T, vocab) and the memory, with these tokens in its cache.
+        h are embeddings, as in pass 1 of a sleep. S was last written from features of pass N, and
+        is now read with those of pass 1: training must make them fit. Does not evict, since more
+        tokens of the window may follow. Returns logits (B, T, vocab) and the memory, with these
+        tokens in its cache.
         """
         check_window(h, memory, self.cfg)
         h_out, S, cache = self.one_pass(h, memory.S, memory.cache)
-        with torch.autocast(h.device.type, enabled=False):     # in float32, whatever is around it
+        with torch.autocast(h.device.type, enabled=False):     # float32, even inside another autocast
             logits = self.head(self.norm(h_out))
         return logits, Memory(S, cache, memory.n_awake + h.shape[1])
 
@@ -260,7 +262,8 @@ class SleepLM(nn.Module):
     def stream(self, tokens, state=None):
         """Not in the paper: tokens (B, T) arrive one at a time; after every L the model sleeps.
 
-        Equals `forward` if only its last window has targets: here every full window sleeps.
+        Every full window sleeps. So the logits of the last window equal those of `forward`, if only
+        that one has targets.
         Returns logits (B, T, vocab) and the state for the next call, three things: the memory now,
         the memory before this window began, and the embeddings of the window so far (B, n, d).
         """
@@ -291,12 +294,15 @@ def nothing_said(h, vocab_size):
 
 
 def last_positions(logits, M):
-    """Logits of all windows, a list of (B, T, vocab) -> those of the last M positions, (B, M, vocab)."""
+    """torch.cat(logits, 1)[:, -M:], but windows before the last M positions are not copied.
+
+    logits: a list of (B, T, vocab), one per window.
+    """
     needed = []
-    n_tokens = 0
-    while n_tokens < M:
-        needed.insert(0, logits[-1 - len(needed)])
-        n_tokens += needed[0].shape[1]
+    for window_logits in reversed(logits):
+        needed.insert(0, window_logits)
+        if sum(x.shape[1] for x in needed) >= M:
+            break
     return torch.cat(needed, 1)[:, -M:]
 
 
@@ -359,10 +365,10 @@ class FastWeights(nn.Module):
         self.o = nn.Linear(d, d, bias=False)
         self.z = nn.Linear(d, d, bias=False)                   # output gate
         self.ab = nn.Linear(d, 2 * H, bias=False)              # inputs of alpha and beta
-        # log_alpha = -e^A_log softplus(a + dt_bias), with Mamba's names. At a = 0 and A_log = 0 half
-        # of S is left after log 2 / softplus(dt_bias) tokens.
-        speed = math.log(2) / first_half_lives(cfg)
-        self.dt_bias = nn.Parameter(torch.log(torch.expm1(speed)))         # softplus(dt_bias) = speed
+        # log_alpha = -e^A_log softplus(a + dt_bias), with Mamba's names. At a = 0 and A_log = 0 it is
+        # -rate, and half of S is left after log(2) / rate tokens.
+        rate = math.log(2) / first_half_lives(cfg)
+        self.dt_bias = nn.Parameter(torch.log(torch.expm1(rate)))          # softplus(dt_bias) = rate
         self.A_log = nn.Parameter(torch.zeros(H))
         self.norm = nn.RMSNorm(d // H, eps=1e-5)
 
@@ -393,16 +399,17 @@ class FastWeights(nn.Module):
 
 
 def first_half_lives(cfg):
-    """How slowly S forgets before training: tokens until half of it is left, one number a head.
+    """How slowly S forgets before training: tokens until half of it is left, one number per head.
 
     Our choice: log-spaced from N * seq_len, as a sleep writes every token N times, down to 4 tokens;
-    a single head has the longest. Models of N = 1 to 4 are compared, so all start as N = 4 does.
+    a single head has the longest. Models of N = 1 to 4 are compared, so all start as N = 4 does. This
+    holds at a = 0. In a new model a is random, and S is forgotten two to three times as fast.
     """
     longest = max(cfg.N, 4) * cfg.seq_len
     return torch.logspace(math.log10(longest), math.log10(4), cfg.n_head)
 
 
-UPDATE_RULES = {                           # your own: a subclass of FastWeights, and its name in here
+UPDATE_RULES = {       # your own: a subclass of FastWeights with another write_and_read, and its name
     "gated_delta": FastWeights,
     "delta": partial(FastWeights, gated=False),
     "gated_hebbian": partial(FastWeights, delta=False),        # Eq. 3
@@ -497,21 +504,18 @@ class ShortConv(nn.Module):
 #                               nothing is predicted, as in SleepLM.forward; and further facts if
 #                               score wants any; from seed and step alone, on args.device
 #   test                        a batch that is never trained on
-#   chance                      the score of the best constant guess on it
+#   chance                      the score of the best constant guess on it, a dict as score gives
 #   score(tokens, targets, logits, *facts)     -> {metric: number, or {case: number}}; logits
 #                               (B, M, vocab)
 # and, if it likes,
 #   show(tokens, targets)       -> one example as text
 
-class BadInput(ValueError):
-    """What was asked for cannot be done. The sentence says what is wrong and what to do."""
-
-
 def train(task, cfg, settings, path, make_model=None, draw_N=None):
-    """Train one model -> the model, its optimizers, and its run: a dict of its numbers so far.
+    """Train one model -> the model, its optimizers, and its run.
 
     cfg: the model's shape. settings: all flags of this run, a dict; those of cfg are among them.
-    path: of its checkpoint; training goes on from there if it exists.
+    path: of its checkpoint; training goes on from there if it exists. run: a dict, among others of
+    steps, seconds and tokens up to the last evaluation, its scores, and a curve of all evaluations.
     make_model(cfg, settings) may give another model than SleepLM; draw_N(step, settings) the passes
     of a training step, if they are not always N.
 
@@ -520,7 +524,7 @@ def train(task, cfg, settings, path, make_model=None, draw_N=None):
     """
     steps = settings["steps"]
     model, optimizers, run = begin(task, cfg, settings, path, make_model)
-    backward = make_backward(model, settings["compile"], settings["recompute"])
+    forward_backward = accelerate(model, settings["compile"], settings["recompute"])
     started = time.monotonic() - run["seconds"]                # a resumed clock goes on
     first = run["steps"]
     # Both stay on the device until an evaluation: to read a number makes the CPU wait for a GPU.
@@ -533,7 +537,8 @@ def train(task, cfg, settings, path, make_model=None, draw_N=None):
         warm_up(model, settings, step)
         tokens, targets, *_ = task.make_batch(step)
         N = draw_N(step, settings) if draw_N else cfg.N
-        loss_sum = loss_sum + backward(tokens, targets, N)
+        torch.manual_seed(settings["seed"] * 10 ** 9 + step)   # for your own model, if it has dropout
+        loss_sum = loss_sum + forward_backward(tokens, targets, N)
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         grad_max = grad_max.maximum(nn.utils.get_total_norm(grads))
         for optimizer in optimizers:
@@ -571,7 +576,8 @@ def warm_up(model, settings, step):
     """Section 6.4's warm-up, the first `warmup` steps: attention is frozen, eviction is hard.
 
     Our choice, as the models start from scratch: whole attention blocks are frozen, with their MLP;
-    SSM blocks, embedding and head learn. What is frozen gets no gradient, and optimizers skip it.
+    SSM blocks, embedding and head learn. What is frozen gets no gradient, and optimizers skip it. An
+    evaluation during the warm-up is of this model.
     """
     warming_up = step < settings["warmup"]
     model.cfg = replace(model.cfg, eviction="hard" if warming_up else settings["eviction"])
@@ -590,15 +596,15 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}                                      # shape: [(matrix, gradient)]
+            by_shape = {}                                      # shape: [(matrix, its update)]
             for p in group["params"]:
                 if p.grad is not None:
                     mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-                    # mean <- momentum * mean + (1 - momentum) * grad, then the same again (Nesterov)
-                    mean.lerp_(p.grad, 1 - self.momentum)
-                    by_shape.setdefault(p.shape, []).append((p, p.grad.lerp(mean, self.momentum)))
+                    mean.lerp_(p.grad, 1 - self.momentum)      # a running mean
+                    update = p.grad.lerp(mean, self.momentum)  # Nesterov
+                    by_shape.setdefault(p.shape, []).append((p, update))
             for (rows, columns), pairs in by_shape.items():
-                X = torch.stack([gradient for _, gradient in pairs])
+                X = torch.stack([update for _, update in pairs])
                 if rows > columns:
                     X = X.mT                                               # (n, short, long)
                 X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -625,37 +631,30 @@ def make_optimizers(model, lr_muon, lr_adamw):
     return [muon, adamw]
 
 
-def make_backward(model, compile, recompute):
-    """-> backward(tokens (B, T), targets (B, M), N): the loss, whose gradients are then in p.grad.
+def forward_backward(model, tokens, targets, N):
+    """The loss of a batch (Algorithm 1, lines 1-11). Its gradients are then in p.grad."""
+    model.zero_grad()
+    _, loss = model(tokens, targets, N)
+    loss.backward()
+    return loss.detach()
 
-    compile: fuse every block. recompute: save memory, by checkpointing: of a pass only h and S are
-    kept, and the backward pass runs it again for the rest. On CUDA a step is recorded as a CUDA
-    graph (see the end of this file), but not with recompute.
+
+def accelerate(model, compile, recompute):
+    """-> f(tokens, targets, N): forward_backward of this model, made fast or small in memory.
+
+    compile: fuse every block. recompute: checkpointing, of a pass only what goes in and comes out is
+    kept, and the backward pass runs it again for the rest. On CUDA, but for recompute, a step is
+    recorded as a CUDA graph (see the end of this file).
     """
     if compile:
         for block in model.blocks:
             block.compile(fullgraph=True, dynamic=False)
     if recompute:
-        model.one_pass = partial(recompute_in_backward, partial(type(model).one_pass, model),
-                                 use_reentrant=False, preserve_rng_state=False)     # nothing is random
-    step = partial(forward_backward, model)
-    if model.head.weight.is_cuda and not recompute:
-        step = CudaGraphs(model, step)
-
-    def backward(tokens, targets, N):
-        tokens, targets = check_batch(tokens, targets, model.cfg.vocab_size)
-        return step(tokens, targets, model.windows_asleep(tokens, targets), N)
-
-    return backward
-
-
-def forward_backward(model, tokens, targets, asleep, N):
-    """The loss (Algorithm 1, lines 1-11). Its gradients are then in p.grad."""
-    model.zero_grad()
-    _, loss = model.algorithm_1(tokens, targets, asleep, N)
-    with torch.autocast(tokens.device.type, enabled=False):                # whatever is around it
-        loss.backward()
-    return loss.detach()
+        one_pass = partial(type(model).one_pass, model)        # of the class: not wrapped yet
+        model.one_pass = partial(recompute_in_backward, one_pass, use_reentrant=False)
+    elif model.head.weight.is_cuda:
+        return CudaGraphs(model)
+    return partial(forward_backward, model)
 
 
 @torch.no_grad()
@@ -666,7 +665,7 @@ def evaluate(model, task, batch, N=None):
     asleep = model.windows_asleep(tokens, targets)
     rows = max(1, 2 ** 17 // tokens.shape[1])                  # about 2^17 tokens at a time
     training = model.training
-    model.eval()                                               # for your own model, if it has dropout
+    model.eval()
     logits = []
     with torch.compiler.set_stance("force_eager"):             # these shapes are not worth compiling
         for x, y in zip(tokens.split(rows), targets.split(rows)):
@@ -677,7 +676,8 @@ def evaluate(model, task, batch, N=None):
 
 # ------------------------------------------------------------------------------------------------
 # Skip the rest at first reading. It is the same rule as matrix products; checks of what is passed in;
-# and what a script needs: files, the machine, the command line. These imports are for scripts alone.
+# and what a script needs: files, the machine, the command line. A script calls main, which calls parse,
+# plan and run_all; that one calls begin, train and save. These imports are for scripts alone.
 import argparse
 import contextlib
 import errno
@@ -705,7 +705,8 @@ def fast_weight_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64):
         o_i = e^{c_i} S q_i + sum_{j<=i} e^{c_i - c_j} (q_i . k_j) u_j
     with c the running sum of log_alpha, and S the state before the chunk. The first line is a
     triangular system for u; without delta u_i = beta_i v_i. Rounding: in float32 outputs differ from
-    the token-by-token form by about 1e-6, and by up to 1e-4 after strong forgetting inside a chunk.
+    the token-by-token form by about 1e-6, and by up to 1e-4 after strong forgetting inside a chunk
+    (on CUDA by more, where a script's float32 products are TF32).
     """
     check_rule(q, k, v, log_alpha, beta, S)
     outputs = []
@@ -732,7 +733,11 @@ def fast_weight_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64):
 
 
 # ------------------------------------------------------------------------------------------------
-# Checks: ValueError says in a sentence what is wrong with what was passed in
+# Checks of what is passed in. A script prints a BadInput as one sentence, without a traceback
+
+class BadInput(ValueError):
+    """What was asked for cannot be done. The sentence says what is wrong and what to do."""
+
 
 def whole_number(name, value, least):
     """value as an int, if it is an integer of any kind (numpy's, too) from `least` on."""
@@ -741,7 +746,7 @@ def whole_number(name, value, least):
     except TypeError:
         number = None
     if number is None or isinstance(value, bool) or number < least:
-        raise ValueError(f"{name} must be an integer >= {least}, not {value!r}.")
+        raise BadInput(f"{name} must be an integer >= {least}, not {value!r}.")
     return number
 
 
@@ -750,33 +755,33 @@ def check_config(cfg):
         number = whole_number(name, getattr(cfg, name), 1)
         object.__setattr__(cfg, name, number)                  # numpy's integers become Python's
     if not isinstance(cfg.layout, str) or not cfg.layout or set(cfg.layout) - set("as"):
-        raise ValueError(f"layout {cfg.layout!r} must be made of the letters a and s.")
+        raise BadInput(f"layout {cfg.layout!r} must be made of the letters a and s.")
     if cfg.d_model % (2 * cfg.n_head):
-        raise ValueError(f"d_model {cfg.d_model} must be a multiple of 2 * n_head = {2 * cfg.n_head}.")
+        raise BadInput(f"d_model {cfg.d_model} must be a multiple of 2 * n_head = {2 * cfg.n_head}.")
     if cfg.eviction not in ("hard", "sliding"):
-        raise ValueError(f"eviction {cfg.eviction!r} must be hard or sliding.")
+        raise BadInput(f"eviction {cfg.eviction!r} must be hard or sliding.")
     if cfg.update_rule not in UPDATE_RULES:
-        raise ValueError(f"update_rule {cfg.update_rule!r} must be one of {', '.join(UPDATE_RULES)}.")
+        raise BadInput(f"update_rule {cfg.update_rule!r} must be one of {', '.join(UPDATE_RULES)}.")
     if cfg.conv not in ("", "a", "s", "as", "sa"):
-        raise ValueError(f"conv {cfg.conv!r} must be '', a, s or as.")
+        raise BadInput(f"conv {cfg.conv!r} must be '', a, s or as.")
     if not isinstance(cfg.bf16, bool):         # the word "false" would be true
-        raise ValueError(f"bf16 {cfg.bf16!r} must be True or False.")
+        raise BadInput(f"bf16 {cfg.bf16!r} must be True or False.")
 
 
 def check_tokens(tokens, vocab_size):
     """The tokens as int64."""
     wanted = f"(B, T) integers from 0 to {vocab_size - 1}, at least one"
     if not torch.is_tensor(tokens):
-        raise ValueError(f"tokens must be a tensor of {wanted}; this is a {type(tokens).__name__}: "
+        raise BadInput(f"tokens must be a tensor of {wanted}; this is a {type(tokens).__name__}: "
                          "take torch.as_tensor(tokens).")
     of_integers = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
     if tokens.ndim != 2 or tokens.numel() == 0 or not of_integers:
-        raise ValueError(f"tokens must be {wanted}; these are {tokens.dtype}, {tuple(tokens.shape)}.")
+        raise BadInput(f"tokens must be {wanted}; these are {tokens.dtype}, {tuple(tokens.shape)}.")
     tokens = tokens.long()
     if tokens.device.type != "cuda":       # there it would wait for the GPU, and the lookup checks it
         low, high = tokens.aminmax()
         if low < 0 or high >= vocab_size:
-            raise ValueError(f"tokens must be {wanted}; these are from {low} to {high}.")
+            raise BadInput(f"tokens must be {wanted}; these are from {low} to {high}.")
     return tokens
 
 
@@ -784,17 +789,17 @@ def check_batch(tokens, targets, vocab_size):
     """Tokens and targets as int64; every negative target becomes -1."""
     tokens = check_tokens(tokens, vocab_size)
     if not torch.is_tensor(targets):
-        raise ValueError(f"targets must be a tensor (B, M) of integers; this is a "
+        raise BadInput(f"targets must be a tensor (B, M) of integers; this is a "
                          f"{type(targets).__name__}: take torch.as_tensor(targets).")
     of_floats = targets.is_floating_point() or targets.is_complex()
     of_integers = not of_floats and targets.dtype != torch.bool
     fits = targets.ndim == 2 and len(targets) == len(tokens) and 1 <= targets.shape[1] <= tokens.shape[1]
     if not of_integers or not fits:
-        raise ValueError(f"targets must be (B, M) integers for tokens (B, T), with M from 1 to T; these "
+        raise BadInput(f"targets must be (B, M) integers for tokens (B, T), with M from 1 to T; these "
                          f"are {targets.dtype}, {tuple(targets.shape)}, for {tuple(tokens.shape)}.")
     targets = targets.long().clamp(min=-1)
     if targets.device.type != "cuda" and targets.max() >= vocab_size:
-        raise ValueError(f"targets must be below {vocab_size}, the size of the vocabulary, or negative "
+        raise BadInput(f"targets must be below {vocab_size}, the size of the vocabulary, or negative "
                          f"for nothing; the largest is {targets.max()}.")
     return tokens, targets
 
@@ -802,10 +807,10 @@ def check_batch(tokens, targets, vocab_size):
 def check_asleep(asleep, has_target, M, L):
     """That something is predicted. A warning, if tokens before the answers are not slept over.
 
-    asleep: one bool a window. has_target: one bool a token, for all sequences together.
+    asleep: one bool per window. has_target: one bool per token, for all sequences together.
     """
     if all(asleep):
-        raise ValueError("all targets are negative: nothing is predicted, so there is no loss.")
+        raise BadInput("all targets are negative: nothing is predicted, so there is no loss.")
     # The context: all before the targets. If these cover the sequence, as in a batch of plain language
     # modelling (M = T), all before the first of them that is not negative.
     T = len(has_target)
@@ -821,26 +826,26 @@ def check_features(h, memory, cfg):
     """That h is features (B, T, d), and that memory is of a model of this layout, width and kind."""
     if not torch.is_tensor(h) or not h.is_floating_point() or h.ndim != 3 or h.shape[2] != cfg.d_model:
         is_what = f"{h.dtype}, {tuple(h.shape)}" if torch.is_tensor(h) else type(h).__name__
-        raise ValueError(f"h must be features (B, T, {cfg.d_model}), as model.embed(tokens) gives; "
+        raise BadInput(f"h must be features (B, T, {cfg.d_model}), as model.embed(tokens) gives; "
                          f"this is {is_what}.")
     if h.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"the weights are {h.dtype}, too coarse for S: keep them in float32, and make "
+        raise BadInput(f"the weights are {h.dtype}, too coarse for S: keep them in float32, and make "
                          "the model with Config(bf16=True) for matrix products in bfloat16.")
     if not isinstance(memory, Memory):
-        raise ValueError(f"memory must be a Memory, as model.empty_memory(B) and model.sleep give; this "
+        raise BadInput(f"memory must be a Memory, as model.empty_memory(B) and model.sleep give; this "
                          f"is a {type(memory).__name__}.")
     kinds = "".join("a" if block.keys is not None else "s" for block in memory.cache)
     width = memory.cache[0].tail.shape[2]
     heads = {S.shape[1] for S in memory.S if S is not None}
     heads |= {block.keys.shape[1] for block in memory.cache if block.keys is not None}
     if (kinds, width, heads) != (cfg.layout, cfg.d_model, {cfg.n_head}):
-        raise ValueError(f"this memory is of a model with layout {kinds}, width {width} and heads "
+        raise BadInput(f"this memory is of a model with layout {kinds}, width {width} and heads "
                          f"{heads}; here they are {cfg.layout}, {cfg.d_model} and {cfg.n_head}.")
     B = len(memory.cache[0].tail)
     if len(h) != B:
-        raise ValueError(f"this memory belongs to a batch of {B}, not of {len(h)}.")
+        raise BadInput(f"this memory belongs to a batch of {B}, not of {len(h)}.")
     if h.shape[1] == 0:
-        raise ValueError("h must have at least one token.")
+        raise BadInput("h must have at least one token.")
     check_cache(memory, cfg)
 
 
@@ -849,7 +854,7 @@ def check_window(h, memory, cfg, asleep=False):
     check_features(h, memory, cfg)
     T = h.shape[1]
     if memory.n_awake + T > cfg.L or (asleep and memory.n_awake > 0):
-        raise ValueError(f"{T} tokens do not fit into a window of L = {cfg.L} after {memory.n_awake} "
+        raise BadInput(f"{T} tokens do not fit into a window of L = {cfg.L} after {memory.n_awake} "
                          "that were read awake: evict first (a sleep starts at the first token of a "
                          "window).")
 
@@ -863,27 +868,27 @@ def check_cache(memory, cfg):
         if block.keys is not None:
             known = block.keys.shape[2]
             if not n_awake <= known <= most:
-                raise ValueError("this memory is of a model with another eviction or L: it holds "
+                raise BadInput("this memory is of a model with another eviction or L: it holds "
                                  f"keys of {known} tokens, here they are from {n_awake} to {most}.")
     for i, (kind, block) in enumerate(zip(cfg.layout, memory.cache)):
         n = block.tail.shape[1]
         fits = n >= min(3, known) if kind in cfg.conv else n == 0
         if not fits:
-            raise ValueError(f"this memory is of a model with another conv than {cfg.conv!r}: "
+            raise BadInput(f"this memory is of a model with another conv than {cfg.conv!r}: "
                              f"block {i} has a tail of {n} tokens.")
 
 
 def check_state(state, embedded, cfg):
     """That state is what `stream` returned for as many sequences as are embedded (B, T, d)."""
     if not isinstance(state, tuple) or isinstance(state, Memory) or len(state) != 3:
-        raise ValueError("state must be the three things that model.stream returned after the "
+        raise BadInput("state must be the three things that model.stream returned after the "
                          f"logits, or None at the start; this is a {type(state).__name__}.")
     memory, before, window = state
     check_features(embedded, memory, cfg)
     check_features(embedded, before, cfg)
     wanted = (len(embedded), memory.n_awake, cfg.d_model)
     if not torch.is_tensor(window) or window.shape != wanted or before.n_awake > 0:
-        raise ValueError("the parts of this state do not belong together: take all three from one "
+        raise BadInput("the parts of this state do not belong together: take all three from one "
                          "call of model.stream.")
 
 
@@ -896,10 +901,10 @@ def check_rule(q, k, v, log_alpha, beta, S):
         wanted = [(B, H, T, K), (B, H, T, K), (B, H, T, V), (B, H, T), (B, H, T), (B, H, V, K)]
         fits = shapes == wanted and T >= 1
     if not fits:
-        raise ValueError("q, k, v, log_alpha, beta, S must be (B, H, T, K) twice, (B, H, T, V), "
+        raise BadInput("q, k, v, log_alpha, beta, S must be (B, H, T, K) twice, (B, H, T, V), "
                          f"(B, H, T) twice and (B, H, V, K), with T >= 1, not {shapes}.")
     if log_alpha.device.type == "cpu" and not torch.compiler.is_compiling() and (log_alpha > 0).any():
-        raise ValueError("log_alpha must be <= 0: alpha is a share of S, at most 1.")
+        raise BadInput("log_alpha must be <= 0: alpha is a share of S, at most 1.")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -957,7 +962,7 @@ def format_metrics(metrics):
 
 
 # ------------------------------------------------------------------------------------------------
-# The machine: the one place that decides device, bfloat16 and compiling
+# The machine: which device, and what it can do
 
 def choose_device(wanted="auto"):
     """auto, cpu, cuda, cuda:1 or mps -> the device. auto: cuda if there is one, else cpu.
@@ -1160,7 +1165,7 @@ FLAGS = dict(
     N="passes of a sleep; one model for each value",
     seed="of weights and data; one model for each value",
     L="window of attention, in tokens",
-    layout="one letter a block: a = attention, s = SSM",
+    layout="one letter per block: a = attention, s = SSM",
     d_model="width",
     n_head="heads of every mixer",
     eviction="hard: only S survives; sliding: also L - 1 tokens",
@@ -1258,10 +1263,7 @@ def plan(args, Task):
         for N in dict.fromkeys(args.N):
             settings = {flag: getattr(args, flag) for flag in flags} | dict(N=N, seed=seed)
             values = {flag: settings[flag] for flag in MODEL_FLAGS}
-            try:
-                cfg = Config(task.vocab_size, task.T, bf16=has_bf16(args.device), **values)
-            except ValueError as e:
-                raise BadInput(e) from None
+            cfg = Config(task.vocab_size, task.T, bf16=has_bf16(args.device), **values)
             plans.append((task, cfg, settings))
     return plans
 
@@ -1400,21 +1402,22 @@ def refuse_random_batches(task):
 # run this yet.
 
 class CudaGraphs:
-    """Records step(tokens, targets, asleep, N) -> loss once for each kind of batch, then replays it.
+    """forward_backward of a model, recorded once for each kind of batch, then replayed.
 
     The loss is a buffer that the next call overwrites, and p.grad are buffers, too. BadInput if a
     step cannot be recorded: it is random, or it looks at its own numbers.
     """
 
-    def __init__(self, model, step):
+    def __init__(self, model):
         self.model = model
-        self.step = step
         self.recorded = {}
         self.side = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()             # one pool of memory for all graphs
 
-    def __call__(self, tokens, targets, asleep, N):
+    def __call__(self, tokens, targets, N):
         model = self.model
+        tokens, targets = check_batch(tokens, targets, model.cfg.vocab_size)
+        asleep = model.windows_asleep(tokens, targets)         # looks at the targets: not recorded
         trained = [p.requires_grad for p in model.parameters()]
         kind = str((tokens.shape, targets.shape, asleep, N, model.cfg.eviction, trained))
         if kind not in self.recorded:
@@ -1426,6 +1429,12 @@ class CudaGraphs:
             p.grad = grad
         return loss
 
+    def step(self, tokens, targets, asleep, N):
+        self.model.zero_grad()
+        _, loss = self.model.algorithm_1(tokens, targets, asleep, N)
+        loss.backward()
+        return loss.detach()
+
     def record(self, tokens, targets, asleep, N):
         # Three steps on a side stream: libraries and the compiler settle, as CUDA asks for.
         self.side.wait_stream(torch.cuda.current_stream())
@@ -1433,7 +1442,7 @@ class CudaGraphs:
             losses = [self.step(tokens, targets, asleep, N).item() for _ in range(3)]
         torch.cuda.current_stream().wait_stream(self.side)
         if math.isfinite(losses[2]) and not math.isclose(losses[1], losses[2], rel_tol=1e-3):
-            raise BadInput("a pass of this model is random, which a CUDA graph is not: add --recompute.")
+            raise BadInput("a pass of this model is random, which is not recorded here: add --recompute.")
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.side):

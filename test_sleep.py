@@ -701,7 +701,7 @@ def test_recomputed_passes_have_the_same_gradients_and_keep_less():
         kept = []
         for recompute in (False, True):
             model = tiny(N=3, layout="as", eviction=eviction)
-            f = sleep.make_backward(model, False, recompute)
+            f = sleep.accelerate(model, False, recompute)
             sizes = []
 
             def keep(x):
@@ -995,7 +995,7 @@ def same(a, b):
 @contextlib.contextmanager
 def spied_gradients(after):
     """after(model, loss) is called after every backward pass of a training step."""
-    make = sleep.make_backward
+    make = sleep.accelerate
 
     def make_and_spy(model, compile, recompute):
         f = make(model, compile, recompute)
@@ -1006,7 +1006,7 @@ def spied_gradients(after):
             return loss
         return g
 
-    with patched(sleep, "make_backward", make_and_spy):
+    with patched(sleep, "accelerate", make_and_spy):
         yield
 
 

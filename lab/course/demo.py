@@ -241,8 +241,7 @@ def show(model, task, edges, color):
 def print_frame(frame, n_windows, truth, color):
     n = truth.shape[1]
     where = f"window {frame.window + 1} of {n_windows}, " if n_windows > 1 else ""
-    print(f"\n{where}after pass {frame.n}: h changed by {frame.h_moved:.0%} of its length, S by "
-          f"{frame.S_moved:.0%}")
+    print(f"\n{where}after pass {frame.n}")
     print("  after node " + "".join(f"{q:5}" for q in range(n)) + "     right")
     rows = zip(frame.answers.argmax(-1).tolist(), truth.tolist())
     for k, (answers, right_nodes) in enumerate(rows, 1):
@@ -253,6 +252,7 @@ def print_frame(frame, n_windows, truth, color):
             n_right += is_right
             cells.append(mark(answer, color) if is_right else f"{answer:5}")
         print(f"  {hops(k):10} {''.join(cells)}     {n_right:2} of {n}")
+    print(f"  this pass has changed h by {frame.h_moved:.0%} of its norm, S by {frame.S_moved:.0%}")
 
 
 def mark(node, color):

@@ -17,16 +17,16 @@ ORDERS = ("random", "parents", "children")     # which edges stand first
 
 
 def draw_deep_trees(task, seed, order):
-    """Tokens (1, T), targets and depths (1, nodes) of three trees, one of them a single path."""
+    """Tokens (1, T) and depths (1, nodes) of three trees, one of them a single path."""
     deepest = task.args.size - 1
     g = torch.Generator().manual_seed(seed)
     while True:
-        tokens, targets, depths = task.draw(1, 3, deepest, "random", g)
+        tokens, _, depths = task.draw(1, 3, deepest, "random", g)
         if depths.max() == deepest:
             break
     if order != "random":
         tokens = when_to_wake.in_order(tokens, depths, order)
-    return tokens, targets, depths
+    return tokens, depths
 
 
 def path_to_root(tokens, n, node):
@@ -50,7 +50,7 @@ def show(path, seed, order, mark):
                              "train one with `python -m lab.experiments.trees`.")
     n = task.nodes
     N = model.cfg.N
-    tokens, targets, depths = draw_deep_trees(task, seed, order)
+    tokens, depths = draw_deep_trees(task, seed, order)
     asked = tokens[:, model.cfg.L:]
     deepest = asked[depths == depths.max()][0].item()
     way = path_to_root(tokens, n, deepest)
@@ -60,21 +60,22 @@ def show(path, seed, order, mark):
     edges = [f"{a}>{b}" for a, b in tokens[0, :2 * n].view(n, 2).tolist()]
     for first in range(0, n, 12):
         print("  " + "  ".join(edges[first:first + 12]))
-    print(f"\nOne way is {len(way) - 1} edges long: {' > '.join(map(str, way))}\n")
-    print(f"The model was trained with {N} passes. After every pass all nodes are asked for their "
-          "root.\nFor those on this way: how many edges up is the node that is said?\n"
-          f"{mark(4).strip()} is the root, 4 edges up; . is a node off the way; chance is one in "
-          "three.\n")
+    print(f"\nOne path is {len(way) - 1} edges long: {' > '.join(map(str, way))}\n")
+    print(f"The model was trained with {N} passes. After every pass the nodes of this path are asked "
+          "for their root.\nHow many edges up is the node that is said? "
+          f"{mark(4).strip()} is the root, 4 edges up; . is a node off the path.\n"
+          "Chance is one in three, for who says a root.\n")
     print("  edges to the root" + "".join(f"{d:5}" for d in range(1, len(way))) + "     right")
     answers = reach.answers_after_each_pass(model, tokens, N + 2)
     place = {node: i for i, node in enumerate(asked[0].tolist())}
     for i, answer in enumerate(answers, 1):
         edges_up = walk(tokens, n, asked, answer)[0].tolist()
         cells = []
+        right = 0
         for d in range(1, len(way)):
             up = edges_up[place[way[len(way) - 1 - d]]]
+            right += up == d
             cells.append(mark(up) if up == d else f"{'.' if up == n else up:>5}")
-        right = ((answer == targets) & (depths > 0)).sum().item()
-        print(f"  after pass {i:<6}" + "".join(cells) + f"     {right:2} of {n - 3}")
+        print(f"  after pass {i:<6}" + "".join(cells) + f"     {right:2} of {len(way) - 1}")
     print(f"\nThe window is evicted before every question: what answers is S, "
           f"{sum(S.numel() for S in model.empty_memory(1).S if S is not None):,} numbers.")

@@ -283,17 +283,18 @@ def draw_short(runs, path):
         seeds = "one seed" if len(of_kind) == 1 else f"{len(of_kind)} seeds"
         words = f"trained with {N} passes, on depths up to {depth} ({seeds})"
         for run in of_kind:
-            depths = [depth or ZERO_AT for depth in reach(run["accuracy"])]
+            depths = [depth or float("nan") for depth in reach(run["accuracy"])]
             ax.plot(passes, depths, f"C{i}o-", ms=4, lw=1.2, alpha=0.7, label=words)
             words = None
-    ax.plot(passes, [max(n - 3, 0.1) for n in passes], "k:", lw=1, label="one edge a pass")
-    ax.plot(passes, [2.0 ** (n - 4) for n in passes], "k--", lw=1, label="doubling with every pass")
+    later = passes[3:]                     # both lines begin with one edge, after four passes
+    ax.plot(later, [n - 3 for n in later], "k:", lw=1, label="one edge a pass")
+    ax.plot(later, [2.0 ** (n - 4) for n in later], "k--", lw=1, label="doubling with every pass")
     ax.axhline(deepest, color="0.6", lw=1, label=f"the deepest question: {deepest} edges")
-    ticks = [ZERO_AT, 1, 2, 4, 8, 16]
+    ticks = [1, 2, 4, 8, 16]
     ax.set_yscale("log", base=2)
-    ax.set_yticks(ticks, [0] + ticks[1:])
+    ax.set_yticks(ticks, ticks)
     ax.minorticks_off()
-    ax.set(xlim=(0.5, len(passes) + 0.5), ylim=(0.42, deepest * 1.3), xlabel="passes of the sleep at the test")
+    ax.set(xlim=(0.5, len(passes) + 0.5), ylim=(0.8, deepest * 1.3), xlabel="passes of the sleep at the test")
     ax.set_ylabel(f"reach: edges up to which\naccuracy is at least {ENOUGH}")
     ax.legend(loc="lower right", fontsize=9, frameon=False)
     save_figure(fig, path)

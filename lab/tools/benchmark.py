@@ -287,7 +287,7 @@ def training_step(device, compile, T, B, M=4, **settings):
     torch.manual_seed(0)
     bf16 = sleep.has_bf16(device)
     model = sleep.SleepLM(sleep.Config(vocab_size=3, seq_len=T, bf16=bf16, **settings)).to(device)
-    gradients = sleep.make_backward(model, compile, False)
+    gradients = sleep.accelerate(model, compile, False)
     optimizers = sleep.make_optimizers(model, 1e-3, 1e-3)
     tokens = torch.randint(3, (B, T), device=device)
     targets = torch.randint(3, (B, M), device=device)

@@ -70,9 +70,9 @@ def compare(change, compile, device, bf16):
     plain = make_model(cfg, device)
     trained = make_model(cfg, device)
     models = [exact, plain, trained]
-    gradients = [sleep.make_backward(exact, compile=False, recompute=True),
-                 sleep.make_backward(plain, compile=False, recompute=True),
-                 sleep.make_backward(trained, compile=compile, recompute=False)]
+    gradients = [sleep.accelerate(exact, compile=False, recompute=True),
+                 sleep.accelerate(plain, compile=False, recompute=True),
+                 sleep.accelerate(trained, compile=compile, recompute=False)]
     distances = {"plain": [], "trained": []}
     for step in range(STEPS):
         tokens, targets = make_batch(cfg, step, device)

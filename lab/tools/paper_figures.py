@@ -121,7 +121,7 @@ def seconds_of_a_step(task, cfg, settings, flop):
     few = B if on_gpu else max(1, min(B, int(2e10 / flop * B)))
     model = variants.make_model(cfg, settings).to(settings["device"])
     recompute = settings["recompute"] or on_gpu                # then no CUDA graph is recorded
-    gradients = sleep.make_backward(model, False, recompute)
+    gradients = sleep.accelerate(model, False, recompute)
     tokens, targets, *_ = task.make_batch(0)
     for _ in range(2):
         start = time.monotonic()
