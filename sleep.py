@@ -1381,7 +1381,7 @@ def say_machine(args, model, run):
 
 
 def say_result(run):
-    metrics = {metric: run[metric] for metric in run["chance"]}
+    metrics = {metric: run[metric] for metric in run["chance"] if metric in run}
     print(f"N {run['N']} seed {run['seed']} | {run['tokens'] / 1e6:.1f}M tokens | "
           f"{run['seconds']:.0f} s | {format_metrics(metrics)}")
     for N, metrics in run.get("N_test", {}).items():

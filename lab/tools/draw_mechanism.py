@@ -17,14 +17,14 @@ INK = "#222222"
 FADED = "#b4b4b4"
 ASLEEP = "#e6ebf2"
 AWAKE = "#fff3c4"
+ASKED = "#ffe08a"                          # the edges that the question needs
 H = "#0072b2"                              # blue and orange that stay apart for colour-blind eyes
 S = "#d55e00"
 
 WIDTH = 22                                 # of a column
 GAP = 9.5                                  # between two columns
 LEFT = 12                                  # where the first one begins
-STEP = WIDTH / 6                           # width of a token
-CELL = 3.2                                 # height of a token
+CELL = 3.2                                 # height of an edge
 BAR = 4.4                                  # height of a pass
 RISE = 3.6                                 # length of an arrow upwards
 TOKENS_AT = 6.4                            # lower edges of the rows
@@ -65,18 +65,21 @@ def carry(ax, x):
     symbol(ax, middle + 1.8, (high + low) / 2, "S", S)
 
 
-def cells(ax, x, y, signs, edge=INK, **style):
-    """A row of tokens, centred in the column that begins at x."""
-    for i, sign in enumerate(signs, start=3 - len(signs) // 2):
-        ax.add_patch(Rectangle((x + i * STEP, y), STEP, CELL, fc="white", ec=edge, lw=1.4))
-        text(ax, x + (i + 0.5) * STEP, y + CELL / 2, sign, **style)
+def cells(ax, x, y, signs, edge=INK, asked=(), **style):
+    """A row of boxes, centred in the column that begins at x; those that are asked about coloured."""
+    width = WIDTH / 3
+    left = x + (WIDTH - len(signs) * width) / 2
+    for i, sign in enumerate(signs):
+        fill = ASKED if sign in asked else "white"
+        ax.add_patch(Rectangle((left + i * width, y), width, CELL, fc=fill, ec=edge, lw=1.4))
+        text(ax, left + (i + 0.5) * width, y + CELL / 2, sign, **style)
 
 
 def column(ax, x, title, state, color, signs, passes=("pass 1", "pass 2", "pass 3")):
-    """Tokens at the bottom, one bar for each pass above; h rises through all, S between passes."""
+    """Edges at the bottom, one bar for each pass above; h rises through all, S between passes."""
     text(ax, x + WIDTH / 2, 4.3, title, weight="bold")
     text(ax, x + WIDTH / 2, 1.9, state)
-    cells(ax, x, TOKENS_AT, signs)
+    cells(ax, x, TOKENS_AT, signs, asked=("0>4", "4>7"))
     rise(ax, x + H_AT, TOKENS_AT + CELL, "h", H)
     for y, name in zip(PASS_AT, passes):
         ax.add_patch(FancyBboxPatch((x, y), WIDTH, BAR, "round,pad=0,rounding_size=0.6",
@@ -97,12 +100,12 @@ def draw(path):
     last = second + WIDTH + GAP
     symbol(ax, 4.8, PASS_AT[0] + BAR / 2, "S = 0", S)
     arrow(ax, S, [(8.4, PASS_AT[0] + BAR / 2), (LEFT, PASS_AT[0] + BAR / 2)])
-    for x, number, signs in ((first, 1, "730416"), (second, 2, "475991")):
+    for x, number, signs in ((first, 1, ["7>3", "0>4", "1>6"]), (second, 2, ["4>7", "5>9", "9>1"])):
         column(ax, x, f"window {number}: L tokens", "asleep, N = 3", ASLEEP, signs)
-        cells(ax, x, EVICTED_AT, "✕" * 6, FADED, size=20)
+        cells(ax, x, EVICTED_AT, "✕" * 3, FADED, size=20)
         text(ax, x + WIDTH / 2, 42.7, r"evicted: cache and $\mathit{h}$")
         carry(ax, x)
-    column(ax, last, "answer window", "awake: 2 hops after 0?", AWAKE, "20", ["one pass"])
+    column(ax, last, "answer window", "awake: 2 hops after 0?", AWAKE, ["2  0"], ["one pass"])
     text(ax, last + WIDTH / 2, PASS_AT[1] + 1.6, "answer: 7", size=15, weight="bold")
     for y, name, words, color in ((40, "h", "features", H), (36, "S", "fast weights", S)):
         symbol(ax, last + 4, y, name, color)
