@@ -10,21 +10,23 @@ S from pass to pass. Then the window is evicted. Under hard eviction only S rema
 one pass, whatever N is. N = 1 is the plain hybrid of attention and SSM blocks.
 
   name       paper      meaning                                          shape
-  tokens     x, c       B sequences of T tokens: T is what a call gets,  (B, T)
-                        a whole sequence or (part of) a window
-  targets               what the last M positions are to predict         (B, M)
+  T                     tokens in a call: a sequence, or (part of) a window
+  tokens     x, c       B sequences                                      (B, T)
+  targets    x, m       what the last M positions are to predict;        (B, M)
+                        negative where the loss mask m is 0
   h          h          features (hidden states): a vector of width d    (B, T, d)
                         per token
   q k v      q k v      query, key, value                                (B, H, T, K or V)
   H, K, V               heads; sizes of a key and of a value, both d / H
   alpha      alpha_t    the share of S that a token keeps; log_alpha <= 0   (B, H, T)
   beta       beta_t     how strongly a token is written, in (0, 1)       (B, H, T)
-  S          S_t        fast weights: S k is close to v                  (B, H, V, K)
+  S          S_t        fast weights: they map k_t to about v_t          (B, H, V, K)
   L, N       L, N       window length (of what the paper calls a chunk); passes of a sleep
   P                     tokens in the cache when a call begins
 
 The order of this file: the fast-weight rule, token by token; the model and its sleep; its layers;
-training. Then one line says: skip the rest at first reading.
+training. Then one line says: skip the rest at first reading. Functions named check_* are there: they
+only refuse bad input, with a sentence (BadInput, a ValueError).
 
 `python sleep.py` shows a trained model asleep, if the folder lab/ is beside this file.
 """
@@ -51,10 +53,11 @@ def fast_weight_rule(q, k, v, log_alpha, beta, S, delta=True):
 
     Eq. 3 is a gated Hebbian write, delta=False here:
         S_t = alpha_t S_{t-1} + beta_t v_t k_t^T,    o_t = S_t q_t
-    Gated DeltaNet, the default, writes only what S lacks at k_t, v_t - alpha_t S_{t-1} k_t:
-        S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T
+    Gated DeltaNet, the default, writes only what S lacks at k_t:
+        S_t = alpha_t S_{t-1} + beta_t (v_t - alpha_t S_{t-1} k_t) k_t^T
+            = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T
 
-    Shapes as in the glossary, else ValueError. Returns o (B, H, T, V) and the last S.
+    Shapes as in the glossary. Returns o (B, H, T, V) and the last S.
     """
     check_rule(q, k, v, log_alpha, beta, S)
     outputs = []
@@ -98,7 +101,7 @@ class Config:
 class Cache(NamedTuple):
     """What a block keeps of its latest P tokens. It is emptied by hard eviction."""
     tail: torch.Tensor             # latest inputs of the short convolution (B, n <= 3, d)
-    keys: torch.Tensor | None      # of attention (B, H, P, K); None in an SSM block
+    keys: torch.Tensor | None      # of attention, unrotated (B, H, P, K); None in an SSM block
     values: torch.Tensor | None    # of attention (B, H, P, V); None in an SSM block
 
 
@@ -125,7 +128,11 @@ class SleepLM(nn.Module):
         """Algorithm 1: windows without a target sleep, the others are read in one pass.
 
         tokens (B, T). targets (B, M): what the last M positions are to predict, already shifted; a
-        negative number, such as PyTorch's -100, is no target. N: passes of a sleep.
+        negative number, such as PyTorch's -100, is no target. N: passes of a sleep. With L = 4:
+
+            tokens     a b c d | e f g h | = y0 y1
+            targets                       y0 y1 y2        M = 3: at "=" y0 is predicted
+                       asleep    asleep    awake
 
         Fill whole windows: a window that holds a target does not sleep, so context that shares it
         with an answer is read in one pass. Pad on the left if the context is not a multiple of L.
@@ -152,9 +159,10 @@ class SleepLM(nn.Module):
     def algorithm_1(self, tokens, targets, asleep, N=None):
         """Algorithm 1, if it is known which windows sleep: asleep, one bool per window.
 
-        tokens and targets are as check_batch returns them: every negative target is -1. Apart from
-        `forward` for the sake of CUDA graphs, in which nothing may look at the targets.
+        A method of its own because a CUDA graph records it, and nothing in a recorded step may look
+        at the targets. They are as check_batch returns them: every negative one is -1.
         """
+        M = targets.shape[1]
         logits = []
         memory = self.empty_memory(len(tokens))                            # line 1: S <- 0
         windows = tokens.split(self.cfg.L, dim=1)                          # line 2
@@ -162,24 +170,26 @@ class SleepLM(nn.Module):
             h = self.embed(window)                                         # line 4
             if window_sleeps:                                              # line 5
                 memory = self.sleep(h, memory, N)                          # lines 6-7
-                logits.append(nothing_said(h, self.cfg.vocab_size))
+                logits.append(zero_logits(h, self.cfg.vocab_size))
             else:                                                          # line 9
                 window_logits, memory = self.wake(h, memory)               # line 10
-                memory = self.evict(memory)            # an awake window is evicted, too
+                memory = self.evict(memory)            # a sleep ends with this, too
                 logits.append(window_logits)
-        logits = last_positions(logits, targets.shape[1])                  # (B, M, vocab)
+        first = (tokens.shape[1] - M) // self.cfg.L    # the first window with one of the last M positions
+        logits = torch.cat(logits[first:], 1)[:, -M:]                      # (B, M, vocab)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)   # line 11
         return logits, loss
 
     def sleep(self, h, memory, N=None):
-        """N passes over a window, then eviction (Algorithm 1, lines 6-7). N = 0, a control: no pass.
+        """N passes over a window (Algorithm 1, lines 6-7), then eviction (Section 5).
 
         h (B, T <= L, d): embeddings of the window. Every pass starts from the h and S that the pass
         before returned; between passes h is neither normed nor mixed with the embeddings again. The
         last h is dropped. Nothing is detached: gradients flow through all N passes, and under hard
         eviction they reach a window only through S.
 
-        Returns the memory after eviction.
+        Returns the memory after eviction. N = 0 is a control: nothing of the window is read. (Under
+        sliding eviction the cache of earlier windows then stays as it is.)
         """
         N = self.cfg.N if N is None else whole_number("N", N, 0)
         check_window(h, memory, self.cfg, asleep=True)
@@ -202,7 +212,7 @@ class SleepLM(nn.Module):
             if keys is not None:
                 keys = latest(keys, keep)
                 values = latest(values, keep)
-            cache.append(Cache(latest(tail, keep), keys, values))
+            cache.append(Cache(latest(tail, keep), keys, values))          # a tail has <= 3 tokens
         return Memory(memory.S, cache, 0)
 
     def wake(self, h, memory):
@@ -249,8 +259,10 @@ class SleepLM(nn.Module):
         return Memory(S, cache, 0)
 
     def initialize(self):
-        """Our choice. The numbers are standard deviations."""
-        nn.init.normal_(self.embed.weight)                                 # 1
+        """Our choice: normal, with standard deviation 1 for embeddings, d_in^-1/2 for matrices, 0.5 for
+        convolutions. The head starts at 0, so at first every token is as likely.
+        """
+        nn.init.normal_(self.embed.weight)
         nn.init.zeros_(self.head.weight)
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
@@ -262,10 +274,11 @@ class SleepLM(nn.Module):
     def stream(self, tokens, state=None):
         """Not in the paper: tokens (B, T) arrive one at a time; after every L the model sleeps.
 
-        Every full window sleeps. So the logits of the last window equal those of `forward`, if only
-        that one has targets.
-        Returns logits (B, T, vocab) and the state for the next call, three things: the memory now,
-        the memory before this window began, and the embeddings of the window so far (B, n, d).
+        Every full window sleeps. So the logits of the last window are those of `forward`, if only
+        that one has targets. The sleep makes pass 1 again, from the S before the window: that and the
+        window's embeddings have to be kept. Returns logits (B, T, vocab) and the state for the next
+        call: the memory now, the memory before this window, and the embeddings of the window so far
+        (B, n, d).
         """
         tokens = check_tokens(tokens, self.cfg.vocab_size)
         embedded = self.embed(tokens)
@@ -280,30 +293,15 @@ class SleepLM(nn.Module):
             logits.append(token_logits)
             window = torch.cat([window, h], 1)
             if window.shape[1] == self.cfg.L:
-                # The sleep starts from the S before the window; what was written awake is dropped.
-                # So pass 1 is computed twice: the simple way, not the cheapest.
-                before = self.sleep(window, before)
+                before = self.sleep(window, before)            # what was written awake is dropped
                 memory = before
                 window = window[:, :0]
         return torch.cat(logits, 1), (memory, before, window)
 
 
-def nothing_said(h, vocab_size):
-    """The logits of a window that sleeps: 0 (B, T, vocab), as one number that takes no memory."""
+def zero_logits(h, vocab_size):
+    """Those of a window that sleeps: (B, T, vocab), as a view of one number that takes no memory."""
     return h.new_zeros(()).expand(*h.shape[:2], vocab_size)
-
-
-def last_positions(logits, M):
-    """torch.cat(logits, 1)[:, -M:], but windows before the last M positions are not copied.
-
-    logits: a list of (B, T, vocab), one per window.
-    """
-    needed = []
-    for window_logits in reversed(logits):
-        needed.insert(0, window_logits)
-        if sum(x.shape[1] for x in needed) >= M:
-            break
-    return torch.cat(needed, 1)[:, -M:]
 
 
 def latest(x, n):
@@ -393,17 +391,18 @@ class FastWeights(nn.Module):
         log_alpha = torch.zeros_like(a)
         if self.gated:
             log_alpha = -self.A_log.exp()[:, None] * F.softplus(a + self.dt_bias[:, None])
-        # For one token the recurrent form is the shorter way to the same numbers.
+        # For one token the recurrent form is the shorter way to the same numbers, up to rounding.
         rule = fast_weight_rule if x.shape[1] == 1 else fast_weight_rule_chunked
         return rule(q, k, v, log_alpha, beta, S, self.delta)
 
 
 def first_half_lives(cfg):
-    """How slowly S forgets before training: tokens until half of it is left, one number per head.
+    """Tokens until S has forgotten half, before training, one number per head. Our choice.
 
-    Our choice: log-spaced from N * seq_len, as a sleep writes every token N times, down to 4 tokens;
-    a single head has the longest. Models of N = 1 to 4 are compared, so all start as N = 4 does. This
-    holds at a = 0. In a new model a is random, and S is forgotten two to three times as fast.
+    The first head: max(N, 4) * seq_len, as a sleep writes every token N times, and models of N = 1 to
+    4 are to start alike. The last head: 4 tokens. Those between: log-spaced.
+
+    This is so at a = 0. In a new model a is random, and S forgets about twice as fast.
     """
     longest = max(cfg.N, 4) * cfg.seq_len
     return torch.logspace(math.log10(longest), math.log10(4), cfg.n_head)
@@ -429,9 +428,9 @@ class Attention(nn.Module):
         self.k = nn.Linear(d, d, bias=False)
         self.v = nn.Linear(d, d, bias=False)
         self.o = nn.Linear(d, d, bias=False)
-        # Keys are cached unrotated, and rotated in each call. Position 0 is the oldest token in view,
-        # as scores depend on distances only. In view are at most L - 1 tokens of earlier windows and
-        # L of this one.
+        # Scores depend on distances only. So the oldest token in view may be called position 0, and
+        # keys are cached unrotated, as their position changes from call to call. In view are at most
+        # L - 1 tokens of earlier windows and L of this one.
         K = d // self.H
         positions = torch.arange(2.0 * self.L)
         frequencies = 10000 ** (-torch.arange(0, K, 2) / K)
@@ -499,25 +498,27 @@ class ShortConv(nn.Module):
 # The method ends here. What follows trains it.
 #
 # A task is a class, Task(args, seed), with
-#   name, vocab_size, T         T = tokens of one sequence
-#   make_batch(step)            -> tokens (B, T) and targets (B, M), shifted and negative where
-#                               nothing is predicted, as in SleepLM.forward; and further facts if
-#                               score wants any; from seed and step alone, on args.device
+#   name, vocab_size
+#   T                           tokens of one sequence
+#   make_batch(step)            -> tokens (B, T), targets (B, M), as SleepLM.forward takes them, and
+#                               what else score wants; from seed and step alone, on args.device
 #   test                        a batch that is never trained on
-#   chance                      the score of the best constant guess on it, a dict as score gives
-#   score(tokens, targets, logits, *facts)     -> {metric: number, or {case: number}}; logits
+#   score(tokens, targets, logits, ...)        -> {metric: number, or {case: number}}; logits
 #                               (B, M, vocab)
+#   chance                      the score of the best constant guess on the test, a dict like that
 # and, if it likes,
-#   show(tokens, targets)       -> one example as text
+#   show(tokens, targets)       -> one example as text; tokens (T,), targets (M,)
+# The smallest one is in lab/experiments/recall.py.
 
 def train(task, cfg, settings, path, make_model=None, draw_N=None):
     """Train one model -> the model, its optimizers, and its run.
 
-    cfg: the model's shape. settings: all flags of this run, a dict; those of cfg are among them.
+    cfg: the model's shape. settings: all flags of this run, a dict. Used here are steps, eval_every,
+    seed, device, compile, recompute, lr_muon, lr_adamw, cooldown, warmup and eviction.
     path: of its checkpoint; training goes on from there if it exists. run: a dict, among others of
-    steps, seconds and tokens up to the last evaluation, its scores, and a curve of all evaluations.
-    make_model(cfg, settings) may give another model than SleepLM; draw_N(step, settings) the passes
-    of a training step, if they are not always N.
+    steps, seconds and tokens, the scores of the last evaluation, and a curve of all of them.
+    make_model(cfg, settings) may give a subclass of SleepLM; draw_N(step, settings) the passes of a
+    training step, if they are not always N.
 
     Every `eval_every` steps: evaluate, and save all that it takes to go on exactly from here.
     BadInput if the loss or a weight is not finite.
@@ -527,7 +528,8 @@ def train(task, cfg, settings, path, make_model=None, draw_N=None):
     forward_backward = accelerate(model, settings["compile"], settings["recompute"])
     started = time.monotonic() - run["seconds"]                # a resumed clock goes on
     first = run["steps"]
-    # Both stay on the device until an evaluation: to read a number makes the CPU wait for a GPU.
+    # Both stay on the device until an evaluation: to read a number, the CPU has to wait for a GPU.
+    # (Once in a step it does, in windows_asleep.)
     loss_sum = torch.zeros((), device=settings["device"])
     grad_max = torch.zeros((), device=settings["device"])      # largest norm, logged, not clipped
     progress = tqdm(range(first, steps), desc=path.stem, total=steps, initial=first, leave=False,
@@ -593,13 +595,18 @@ class Muon(torch.optim.Optimizer):
     """
     momentum = 0.95
 
+    def __init__(self, matrices, lr):
+        super().__init__(matrices, dict(lr=lr))
+
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             by_shape = {}                                      # shape: [(matrix, its update)]
             for p in group["params"]:
                 if p.grad is not None:
-                    mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                    if not self.state[p]:
+                        self.state[p]["mean"] = torch.zeros_like(p)
+                    mean = self.state[p]["mean"]
                     mean.lerp_(p.grad, 1 - self.momentum)      # a running mean
                     update = p.grad.lerp(mean, self.momentum)  # Nesterov
                     by_shape.setdefault(p.shape, []).append((p, update))
@@ -627,12 +634,12 @@ def make_optimizers(model, lr_muon, lr_adamw):
     is_matrix = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in is_matrix]
     adamw = torch.optim.AdamW(rest, lr=lr_adamw, weight_decay=0.0, fused=rest[0].is_cuda)
-    muon = Muon(matrices, defaults=dict(lr=lr_muon))
+    muon = Muon(matrices, lr=lr_muon)
     return [muon, adamw]
 
 
 def forward_backward(model, tokens, targets, N):
-    """The loss of a batch (Algorithm 1, lines 1-11). Its gradients are then in p.grad."""
+    """The loss of a batch (Algorithm 1, lines 1-11). Its gradients are then in p.grad (line 14)."""
     model.zero_grad()
     _, loss = model(tokens, targets, N)
     loss.backward()
@@ -643,14 +650,14 @@ def accelerate(model, compile, recompute):
     """-> f(tokens, targets, N): forward_backward of this model, made fast or small in memory.
 
     compile: fuse every block. recompute: checkpointing, of a pass only what goes in and comes out is
-    kept, and the backward pass runs it again for the rest. On CUDA, but for recompute, a step is
+    kept, and the backward pass runs it again for the rest. On CUDA, unless recompute is on, a step is
     recorded as a CUDA graph (see the end of this file).
     """
     if compile:
         for block in model.blocks:
             block.compile(fullgraph=True, dynamic=False)
     if recompute:
-        one_pass = partial(type(model).one_pass, model)        # of the class: not wrapped yet
+        one_pass = partial(type(model).one_pass, model)        # of the class: it is not wrapped twice
         model.one_pass = partial(recompute_in_backward, one_pass, use_reentrant=False)
     elif model.head.weight.is_cuda:
         return CudaGraphs(model)
@@ -778,7 +785,7 @@ def check_tokens(tokens, vocab_size):
     if tokens.ndim != 2 or tokens.numel() == 0 or not of_integers:
         raise BadInput(f"tokens must be {wanted}; these are {tokens.dtype}, {tuple(tokens.shape)}.")
     tokens = tokens.long()
-    if tokens.device.type != "cuda":       # there it would wait for the GPU, and the lookup checks it
+    if tokens.device.type != "cuda":       # there the lookup checks it, without waiting for the GPU
         low, high = tokens.aminmax()
         if low < 0 or high >= vocab_size:
             raise BadInput(f"tokens must be {wanted}; these are from {low} to {high}.")
@@ -1199,7 +1206,7 @@ LIMITS = dict(
 
 
 def parse(doc, presets, flags, argv=None):
-    """Command line -> the parser and the settings: the preset's values, then what the flags say.
+    """Command line -> the parser and the flags: the preset's values, then what the line says.
 
     presets: {name: {flag: value}}; the value gives the flag's type, too. flags: {flag: help} of the
     task.
@@ -1278,13 +1285,13 @@ def main(doc, presets, flags, Task, argv=None, make_model=None, draw_N=None):
             setattr(sys, name, open(os.devnull, "w"))
         elif hasattr(getattr(sys, name), "reconfigure"):       # a letter that it lacks is escaped
             getattr(sys, name).reconfigure(errors="backslashreplace", line_buffering=True)
-    p, args = parse(doc, presets, flags, argv)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         signal.signal(signal.SIGINT, signal.default_int_handler)   # in the background it is ignored
-    set_up_torch(args.device)
-    out = args.out
+    out = None
     try:
+        p, args = parse(doc, presets, flags, argv)
+        set_up_torch(args.device)
         plans = plan(args, Task)
         out = make_folder(args, Task.name)
         run_all(p.prog, args, plans, out, make_model, draw_N)
@@ -1343,14 +1350,14 @@ def run_all(name, args, plans, out, make_model=None, draw_N=None):
     for path, (task, cfg, settings) in zip(paths, plans):      # refuse before anything is trained
         if path.with_suffix(".json").exists() and not path.exists():
             raise BadInput(f"{path} is gone, but its .json is not: choose another --out.")
-        model, _, run = begin(task, cfg, settings, path, make_model)
+        _, _, run = begin(task, cfg, settings, path, make_model)
         print(f"{path.stem}: {run['parameters']:,} parameters, step {run['steps']} of {args.steps}")
-    # The last one stands for all of them: they differ in N and seed alone.
-    refuse_random_batches(task)
-    say_machine(args, model, run)
-    if hasattr(task, "show"):
-        print(task.show(*(x[0] for x in task.test[:2])))
-    print(f"chance (the best constant guess): {format_metrics(plain_numbers(task.chance))}")
+    last_task, last_cfg, _ = plans[-1]                         # they differ in N and seed alone
+    refuse_random_batches(last_task)
+    say_machine(args, last_cfg)
+    if hasattr(last_task, "show"):
+        print(last_task.show(*(x[0] for x in last_task.test[:2])))
+    print(f"chance (the best constant guess): {format_metrics(plain_numbers(last_task.chance))}")
 
     runs = []
     for path, (task, cfg, settings) in zip(paths, plans):
@@ -1370,12 +1377,12 @@ def run_all(name, args, plans, out, make_model=None, draw_N=None):
         print(f"to draw it: python -m lab.tools.draw_runs {out}")
 
 
-def say_machine(args, model, run):
-    precision = "bfloat16 and float32" if model.cfg.bf16 else "float32"
+def say_machine(args, cfg):
+    precision = "bfloat16 and float32" if cfg.bf16 else "float32"
     compiled = "compiled" if args.compile else "not compiled"
     if torch.device(args.device).type == "cuda" and not args.compile:
         compiled += f" ({why_no_compile(args.device) or 'as asked for'})"
-    print(f"{run['device']}, {precision}, {compiled}, torch {torch.__version__}")
+    print(f"{device_name(args.device)}, {precision}, {compiled}, torch {torch.__version__}")
     if args.preset != "cpu" and args.device == "cpu":
         print(f"--preset {args.preset} is meant for a GPU: on this CPU it may take days.")
 
@@ -1435,14 +1442,22 @@ class CudaGraphs:
         loss.backward()
         return loss.detach()
 
+    def numbers_of(self, tokens, targets, asleep, N):
+        """Loss and length of the gradient. (A new model's loss is the same whatever its passes do.)"""
+        loss = self.step(tokens, targets, asleep, N)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return loss.item(), nn.utils.get_total_norm(grads).item()
+
     def record(self, tokens, targets, asleep, N):
         # Three steps on a side stream: libraries and the compiler settle, as CUDA asks for.
         self.side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.side):
-            losses = [self.step(tokens, targets, asleep, N).item() for _ in range(3)]
+            seen = [self.numbers_of(tokens, targets, asleep, N) for _ in range(3)]
         torch.cuda.current_stream().wait_stream(self.side)
-        if math.isfinite(losses[2]) and not math.isclose(losses[1], losses[2], rel_tol=1e-3):
-            raise BadInput("a pass of this model is random, which is not recorded here: add --recompute.")
+        for second, third in zip(seen[1], seen[2]):
+            if math.isfinite(third) and not math.isclose(second, third, rel_tol=1e-3):
+                raise BadInput("a pass of this model is random, which is not recorded here: add "
+                               "--recompute.")
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.side):

@@ -1242,7 +1242,7 @@ def test_muon_is_that_of_torch_up_to_the_rounding_of_bfloat16_and_orthogonalises
     first = [torch.randn(*shape, generator=g) for shape in shapes]
     ours = [torch.nn.Parameter(x.clone()) for x in first]
     theirs = [torch.nn.Parameter(x.clone()) for x in first]
-    muon = sleep.Muon(ours, dict(lr=0.01))
+    muon = sleep.Muon(ours, lr=0.01)
     torchs = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.0)
     for step in range(10):
         for i, (a, b) in enumerate(zip(ours, theirs)):

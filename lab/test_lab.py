@@ -394,6 +394,8 @@ def test_a_random_step_and_one_that_cannot_be_recorded_are_refused_in_a_sentence
     targets = targets_for(tokens, 2)
     with cuda_graphs_on_the_cpu():
         refused("--recompute", sleep.CudaGraphs(tiny(Dropping)), tokens, targets, 2)
+        new = Dropping(Config(7, 20, 5, d_model=16, n_head=2))             # its head is 0
+        refused("--recompute", sleep.CudaGraphs(new), tokens, targets, 2)
 
         @contextlib.contextmanager
         def failing(graph, **kwargs):
