@@ -3142,6 +3142,34 @@ def test_the_table_of_the_readme_holds_the_means_of_results():
     assert checked == 18
 
 
+def test_the_largest_misses_on_the_page_of_jumps_are_those_of_the_results():
+    misses = {}                            # (what is changed, N, test): those of the seeds
+    for name in ("trees-reach-six", "trees-reach-by-pass", "trees-reach-changed"):
+        for run in common.read_results(RESULTS / f"{name}.json")["runs"]:
+            if run["trained_depth"] < 11:
+                continue
+            found = reach.reach(run["accuracy"])
+            miss = max(abs(found[n - 1] - run["machine"][n - 2]) for n in range(2, 9))
+            kind = (run["layout"], run["update_rule"], run["order"], run["trained_N"])
+            misses.setdefault((kind, run["test"]), {})[run["seed"]] = miss
+    rows_of = {
+        "N = 6: seeds 0, 1, 2": ("as", "gated_delta", "random", 6),
+        "N = 7: seeds 0, 1, 2": ("as", "gated_delta", "random", 7),
+        "two SSM blocks: seeds 0, 1, 2": ("ass", "gated_delta", "random", 5),
+        "mixed orders": ("as", "gated_delta", "mixed", 6),
+        "no attention": ("s", "gated_delta", "random", 6),
+        "`read_before`": ("as", "read_before", "random", 6),
+        "`read_before`, no attention": ("s", "read_before", "random", 6)}
+    text = (HERE / "lab/pages/jumps.md").read_text(encoding="utf-8")
+    (_, header, rows), = [table for table in tables(text) if table[1][0] == ""
+                          and table[1][1:] == list(reach.TESTS)]
+    for row in rows:
+        for test, cell in zip(header[1:], row[1:]):
+            wanted = misses[rows_of[row[0]], test]
+            assert cell == " ".join(str(miss) for _, miss in sorted(wanted.items())), (row[0], test)
+    assert len(rows) == len(rows_of)
+
+
 def test_the_reaches_on_the_page_of_jumps_are_those_of_the_results_that_it_names():
     checked = 0
     text = (HERE / "lab/pages/jumps.md").read_text(encoding="utf-8")
