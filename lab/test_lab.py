@@ -3142,6 +3142,40 @@ def test_the_table_of_the_readme_holds_the_means_of_results():
     assert checked == 18
 
 
+def test_the_table_of_what_does_not_hold_has_the_means_of_results():
+    def of(name, metric, **wanted):
+        runs = [run for run in load_runs(RESULTS / f"{name}.json")
+                if all(run.get(key) == value for key, value in wanted.items())]
+        return [run["accuracy"][metric] if metric.isdigit() else run[metric] for run in runs]
+
+    def layout(words, N):
+        return of("khop-layouts", "3", label=f"{words}, {N} pass{'es' * (N > 1)}")
+
+    swaps_of = load_runs(RESULTS / "swaps.json")
+    better = [run["settings"]["update_rule"] == "overshoot" for run in swaps_of]
+    assert sum(better) == 3
+    wanted = {                             # how a row begins: one pass, three passes
+        "[sliding": [layout("alternating, sliding window (Samba)", N) for N in (1, 3)],
+        "the same after": [[], layout("alternating, sliding window, attention frozen at first", 3)],
+        "parallel": [layout("parallel, hard eviction", N) for N in (1, 3)],
+        "SSM": [layout("SSM only, hard eviction", N) for N in (1, 3)],
+        "[word": [of("words-compute", "2", label="1 pass, 4,430 steps"),
+                  of("words-compute", "2", label="3 passes")],
+        "[Rule": [of("rule110-long", "exact", N=N) for N in (1, 3)],
+        "[a part": [of("pretrained-facts", "2", N=N) for N in (1, 3)],
+        "[swaps": [[run["all"] for run, b in zip(swaps_of, better) if run["N"] == N and not b]
+                   for N in (1, 3)],
+        "the same with": [[run["all"] for run, b in zip(swaps_of, better) if b], []]}
+    found, = [rows for _, header, rows in tables(README.read_text(encoding="utf-8"))
+              if header[1:] == ["chance", "one pass", "three passes", "seeds"]]
+    assert len(found) == len(wanted)
+    for row in found:
+        values, = [wanted[start] for start in wanted if row[0].startswith(start)]
+        for cell, of_seeds in zip(row[2:4], values):
+            assert len(of_seeds) == (int(row[4]) if cell else 0), row
+            assert not cell or agrees(cell, of_seeds), (row, of_seeds)
+
+
 def test_the_largest_misses_on_the_page_of_jumps_are_those_of_the_results():
     misses = {}                            # (what is changed, N, test): those of the seeds
     for name in ("trees-reach-six", "trees-reach-by-pass", "trees-reach-changed"):
