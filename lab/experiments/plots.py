@@ -213,6 +213,8 @@ def as_trained(runs, experiment, path):
             if max(values) - min(values) > 0.1:
                 text = f"{min(values):.2f} to {max(values):.2f}"
                 write_in_cell(ax, x, y + 0.34, text, value, 8.5)
+            if columns[x] == str(passes[y]):                   # as many passes as hops
+                ax.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, ec="red", lw=2.5))
     ax.set_xticks(range(len(columns)), columns)
     ax.set_yticks(range(len(passes)), passes)
     ax.tick_params(length=0, labelsize=12)
@@ -223,7 +225,7 @@ def as_trained(runs, experiment, path):
     fig.colorbar(image, ax=ax, label=f"share of answers right (chance {chance:.2f})")
     n_seeds = len({run["seed"] for run in runs})
     fig.suptitle(f"{experiment.question}\nmean of {n_seeds} seeds; small: their range, if wider "
-                 "than 0.1",
+                 f"than 0.1; red: as many passes as {TASK_WORDS[experiment.task][1]}s",
                  fontsize=11)
     save_figure(fig, path)
 
