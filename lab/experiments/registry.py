@@ -44,6 +44,7 @@ ONE_TO_FOUR = {
 ALTERNATING = "alternating, hard eviction (the preset)"
 SMALL_CYCLE = "--nodes 12 --K 4 --queries 12 --L 24 --d_model 64 --batch_size 64 --steps 1200"
 SLOW = "--deeper 0.8 --steps 3000"
+LONG = "--deeper 0.8 --steps 9000 --eval_every 300"
 DEEPER_N = (1, 2, 3, 4, 6, 8, 12, 16)
 
 EXPERIMENTS = {
@@ -167,9 +168,17 @@ EXPERIMENTS = {
         "hops", "Twenty nodes, and k grows slowly: how many hops are answered after each pass?", {
             f"{SLOW} --N 5 --seed 0": "trained with 5 passes, seed 0",
             f"{SLOW} --N 5 --seed 1": "trained with 5 passes, seed 1",
+            f"{SLOW} --N 5 --seed 3": "trained with 5 passes, seed 3",
+            f"{SLOW} --N 5 --seed 4": "trained with 5 passes, seed 4",
             f"{SLOW} --N 8 --seed 0": "trained with 8 passes, seed 0",
         }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 7, 8, 9, 12),
         results="hops-eight-by-pass"),
+    "longer_hops": Experiment(
+        "hops", "Twenty nodes, three times the training: how many hops are answered after each pass?", {
+            f"{LONG} --N 1": "trained with 1 pass",
+            f"{LONG} --N 2": "trained with 2 passes",
+            f"{LONG} --N 4": "trained with 4 passes",
+        }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 8), results="hops-longer"),
     "layouts": Experiment(
         "khop", "Which hybrid, with and without sleep, at the same compute?", {
             "--N 1 --layout aa --eviction sliding --steps 2900":
