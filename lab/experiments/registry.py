@@ -44,6 +44,8 @@ ONE_TO_FOUR = {
 ALTERNATING = "alternating, hard eviction (the preset)"
 SMALL_CYCLE = "--nodes 12 --K 4 --queries 12 --L 24 --d_model 64 --batch_size 64 --steps 1200"
 SLOW = "--deeper 0.8 --steps 3000"
+SIXTEEN = ("--nodes 33 --K 16 --queries 33 --L 66 --growth doubling --deeper 0.82 --steps 5500 "
+           "--eval_every 250")
 LONG = "--deeper 0.8 --steps 9000 --eval_every 300"
 DEEPER_N = (1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -179,6 +181,10 @@ EXPERIMENTS = {
             f"{LONG} --N 2": "trained with 2 passes",
             f"{LONG} --N 4": "trained with 4 passes",
         }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 8), results="hops-longer"),
+    "sixteen_hops": Experiment(
+        "hops", "33 nodes, sixteen hops asked for: how many are answered after each pass?", {
+            f"{SIXTEEN} --N 6": "trained with 6 passes",
+        }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 7, 8), results="hops-sixteen"),
     "layouts": Experiment(
         "khop", "Which hybrid, with and without sleep, at the same compute?", {
             "--N 1 --layout aa --eviction sliding --steps 2900":
