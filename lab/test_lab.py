@@ -2632,6 +2632,10 @@ def test_programs_that_watch_a_checkpoint_write_numbers_that_agree_with_its_run(
             assert len(measured["accuracy"]) == len(measured["said"]) == 3
             assert all(abs(sum(row) - 1) < 1e-2 for row in measured["said"])
         runs_well(reach.main, "--draw r.json")
+        before = Path("r.png").read_bytes()
+        is_refused("--short takes --draw and --out", reach.main, "--draw r.json --short")
+        runs_well(reach.main, "--draw r.json --short --out short.png")
+        assert is_png("short.png") and Path("r.png").read_bytes() == before
 
         train("khop", f"{few} --K 5 --out k5")
         train("khop", f"{few} --L 12 --out short")
@@ -2896,7 +2900,7 @@ def test_the_benchmark_times_the_rule_of_transformers_if_it_is_there():
 
     module = sys.modules.get(name)
     try:
-        sys.modules[name] = SimpleNamespace(torch_chunk_fast_weight_rule=theirs)
+        sys.modules[name] = SimpleNamespace(torch_chunk_gated_delta_rule=theirs)
         rules = benchmark.forms_of_the_rule("cpu", compile=False)
         sys.modules[name] = None                               # to import it fails, as if not there
         without = benchmark.forms_of_the_rule("cpu", compile=False)

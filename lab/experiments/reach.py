@@ -326,8 +326,10 @@ def main(argv):
     p.add_argument("--near", type=int, default=0, help="tokens that attention sees at the test; 0: all")
     p.add_argument("--out", type=Path, help="the picture; default: out/reach.png")
     p.add_argument("--draw", type=Path, metavar="FILE", help="draw a file of numbers; nothing is measured")
-    p.add_argument("--short", action="store_true", help="with --draw: one panel, as in README")
+    p.add_argument("--short", action="store_true", help="with --draw and --out: one panel, as in README")
     args = p.parse_args(argv)
+    if args.short and not (args.draw and args.out):
+        raise sleep.BadInput("--short takes --draw and --out: a picture of its own.")
     if args.draw:
         out = args.out or picture_of(args.draw)
         check_output(out, ".png")

@@ -171,14 +171,14 @@ def rules_of_transformers():
 
     It pads to whole chunks of 64 tokens; so there is a second one, of chunks that fit.
     """
-    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_fast_weight_rule
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
     def rule(q, k, v, log_alpha, beta, S, fit=False):
         T = q.shape[2]
         chunk = math.ceil(T / math.ceil(T / 64)) if fit else 64
         q = q * q.shape[3] ** 0.5
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        o, S = torch_chunk_fast_weight_rule(q, k, v, log_alpha.mT, beta.mT, chunk_size=chunk,
+        o, S = torch_chunk_gated_delta_rule(q, k, v, log_alpha.mT, beta.mT, chunk_size=chunk,
                                             initial_state=S.mT, output_final_state=True)
         return o.transpose(1, 2), S.mT
 
@@ -187,11 +187,11 @@ def rules_of_transformers():
 
 def rules_of_fla():
     """fla-core's Triton kernel, in bfloat16; it takes (B, T, H, K) and S^T."""
-    from fla.ops.fast_weight_rule import chunk_fast_weight_rule
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     def rule(q, k, v, log_alpha, beta, S):
         q, k, v = (x.transpose(1, 2).bfloat16() for x in (q, k, v))
-        o, S = chunk_fast_weight_rule(q, k, v, log_alpha.mT, beta.mT, scale=1.0,
+        o, S = chunk_gated_delta_rule(q, k, v, log_alpha.mT, beta.mT, scale=1.0,
                                       initial_state=S.mT, output_final_state=True)
         return o.transpose(1, 2), S.mT
 
