@@ -780,7 +780,7 @@ def check_tokens(tokens, vocab_size):
     wanted = f"(B, T) integers from 0 to {vocab_size - 1}, at least one"
     if not torch.is_tensor(tokens):
         raise BadInput(f"tokens must be a tensor of {wanted}; this is a {type(tokens).__name__}: "
-                         "take torch.as_tensor(tokens).")
+                       "take torch.as_tensor(tokens).")
     of_integers = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
     if tokens.ndim != 2 or tokens.numel() == 0 or not of_integers:
         raise BadInput(f"tokens must be {wanted}; these are {tokens.dtype}, {tuple(tokens.shape)}.")
@@ -797,17 +797,17 @@ def check_batch(tokens, targets, vocab_size):
     tokens = check_tokens(tokens, vocab_size)
     if not torch.is_tensor(targets):
         raise BadInput(f"targets must be a tensor (B, M) of integers; this is a "
-                         f"{type(targets).__name__}: take torch.as_tensor(targets).")
+                       f"{type(targets).__name__}: take torch.as_tensor(targets).")
     of_floats = targets.is_floating_point() or targets.is_complex()
     of_integers = not of_floats and targets.dtype != torch.bool
     fits = targets.ndim == 2 and len(targets) == len(tokens) and 1 <= targets.shape[1] <= tokens.shape[1]
     if not of_integers or not fits:
         raise BadInput(f"targets must be (B, M) integers for tokens (B, T), with M from 1 to T; these "
-                         f"are {targets.dtype}, {tuple(targets.shape)}, for {tuple(tokens.shape)}.")
+                       f"are {targets.dtype}, {tuple(targets.shape)}, for {tuple(tokens.shape)}.")
     targets = targets.long().clamp(min=-1)
     if targets.device.type != "cuda" and targets.max() >= vocab_size:
         raise BadInput(f"targets must be below {vocab_size}, the size of the vocabulary, or negative "
-                         f"for nothing; the largest is {targets.max()}.")
+                       f"for nothing; the largest is {targets.max()}.")
     return tokens, targets
 
 
@@ -834,20 +834,20 @@ def check_features(h, memory, cfg):
     if not torch.is_tensor(h) or not h.is_floating_point() or h.ndim != 3 or h.shape[2] != cfg.d_model:
         is_what = f"{h.dtype}, {tuple(h.shape)}" if torch.is_tensor(h) else type(h).__name__
         raise BadInput(f"h must be features (B, T, {cfg.d_model}), as model.embed(tokens) gives; "
-                         f"this is {is_what}.")
+                       f"this is {is_what}.")
     if h.dtype not in (torch.float32, torch.float64):
         raise BadInput(f"the weights are {h.dtype}, too coarse for S: keep them in float32, and make "
-                         "the model with Config(bf16=True) for matrix products in bfloat16.")
+                       "the model with Config(bf16=True) for matrix products in bfloat16.")
     if not isinstance(memory, Memory):
         raise BadInput(f"memory must be a Memory, as model.empty_memory(B) and model.sleep give; this "
-                         f"is a {type(memory).__name__}.")
+                       f"is a {type(memory).__name__}.")
     kinds = "".join("a" if block.keys is not None else "s" for block in memory.cache)
     width = memory.cache[0].tail.shape[2]
     heads = {S.shape[1] for S in memory.S if S is not None}
     heads |= {block.keys.shape[1] for block in memory.cache if block.keys is not None}
     if (kinds, width, heads) != (cfg.layout, cfg.d_model, {cfg.n_head}):
         raise BadInput(f"this memory is of a model with layout {kinds}, width {width} and heads "
-                         f"{heads}; here they are {cfg.layout}, {cfg.d_model} and {cfg.n_head}.")
+                       f"{heads}; here they are {cfg.layout}, {cfg.d_model} and {cfg.n_head}.")
     B = len(memory.cache[0].tail)
     if len(h) != B:
         raise BadInput(f"this memory belongs to a batch of {B}, not of {len(h)}.")
@@ -862,8 +862,8 @@ def check_window(h, memory, cfg, asleep=False):
     T = h.shape[1]
     if memory.n_awake + T > cfg.L or (asleep and memory.n_awake > 0):
         raise BadInput(f"{T} tokens do not fit into a window of L = {cfg.L} after {memory.n_awake} "
-                         "that were read awake: evict first (a sleep starts at the first token of a "
-                         "window).")
+                       "that were read awake: evict first (a sleep starts at the first token of a "
+                       "window).")
 
 
 def check_cache(memory, cfg):
@@ -876,27 +876,27 @@ def check_cache(memory, cfg):
             known = block.keys.shape[2]
             if not n_awake <= known <= most:
                 raise BadInput("this memory is of a model with another eviction or L: it holds "
-                                 f"keys of {known} tokens, here they are from {n_awake} to {most}.")
+                               f"keys of {known} tokens, here they are from {n_awake} to {most}.")
     for i, (kind, block) in enumerate(zip(cfg.layout, memory.cache)):
         n = block.tail.shape[1]
         fits = n >= min(3, known) if kind in cfg.conv else n == 0
         if not fits:
             raise BadInput(f"this memory is of a model with another conv than {cfg.conv!r}: "
-                             f"block {i} has a tail of {n} tokens.")
+                           f"block {i} has a tail of {n} tokens.")
 
 
 def check_state(state, embedded, cfg):
     """That state is what `stream` returned for as many sequences as are embedded (B, T, d)."""
     if not isinstance(state, tuple) or isinstance(state, Memory) or len(state) != 3:
         raise BadInput("state must be the three things that model.stream returned after the "
-                         f"logits, or None at the start; this is a {type(state).__name__}.")
+                       f"logits, or None at the start; this is a {type(state).__name__}.")
     memory, before, window = state
     check_features(embedded, memory, cfg)
     check_features(embedded, before, cfg)
     wanted = (len(embedded), memory.n_awake, cfg.d_model)
     if not torch.is_tensor(window) or window.shape != wanted or before.n_awake > 0:
         raise BadInput("the parts of this state do not belong together: take all three from one "
-                         "call of model.stream.")
+                       "call of model.stream.")
 
 
 def check_rule(q, k, v, log_alpha, beta, S):
@@ -909,7 +909,7 @@ def check_rule(q, k, v, log_alpha, beta, S):
         fits = shapes == wanted and T >= 1
     if not fits:
         raise BadInput("q, k, v, log_alpha, beta, S must be (B, H, T, K) twice, (B, H, T, V), "
-                         f"(B, H, T) twice and (B, H, V, K), with T >= 1, not {shapes}.")
+                       f"(B, H, T) twice and (B, H, V, K), with T >= 1, not {shapes}.")
     if log_alpha.device.type == "cpu" and not torch.compiler.is_compiling() and (log_alpha > 0).any():
         raise BadInput("log_alpha must be <= 0: alpha is a share of S, at most 1.")
 

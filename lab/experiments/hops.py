@@ -63,7 +63,7 @@ class Hops(train_khop.Cycles):
     def largest_k(self, step):
         if self.growth == "linear" or step >= self.phases_end:
             return super().largest_k(step)
-        return 2 ** int(self.K.bit_length() * step / self.phases_end)              # none above K
+        return 2 ** int(self.K.bit_length() * step / self.phases_end)          # none above K
 
     def draw_k(self, shape, step, g):
         if step < 0 or self.k_law == "all":

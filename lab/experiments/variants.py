@@ -188,11 +188,10 @@ class ChangedSleep(sleep.SleepLM):
                 logits.append(torch.stack([window_logits for window_logits, _ in awake]))
                 memories = [self.evict(memory) for _, memory in awake]
         logits = torch.cat(logits, 2)[:, :, -M:]               # (N, B, M, vocab)
-        nothing = -1
-        targets = targets.long().clamp(min=nothing).flatten()
+        targets = targets.flatten()
         loss = 0.0
         for n, logits_n in enumerate(logits, 1):
-            loss_n = F.cross_entropy(logits_n.flatten(0, 1), targets, ignore_index=nothing)
+            loss_n = F.cross_entropy(logits_n.flatten(0, 1), targets, ignore_index=-1)
             loss = loss + n * loss_n
         weights = N * (N + 1) / 2                              # 1 + 2 + ... + N
         return logits[-1], loss / weights
