@@ -179,7 +179,10 @@ EXPERIMENTS = {
         "hops", "Twenty nodes, three times the training: how many hops are answered after each pass?", {
             f"{LONG} --N 1": "trained with 1 pass",
             f"{LONG} --N 2": "trained with 2 passes",
+            f"{LONG} --N 3": "trained with 3 passes",
             f"{LONG} --N 4": "trained with 4 passes",
+            f"{LONG} --N 5": "trained with 5 passes",
+            f"{LONG} --N 6": "trained with 6 passes",
         }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 8), results="hops-longer"),
     "sixteen_hops": Experiment(
         "hops", "33 nodes, sixteen hops asked for: how many are answered after each pass?", {
