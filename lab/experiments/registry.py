@@ -44,8 +44,7 @@ ONE_TO_FOUR = {
 ALTERNATING = "alternating, hard eviction (the preset)"
 SMALL_CYCLE = "--nodes 12 --K 4 --queries 12 --L 24 --d_model 64 --batch_size 64 --steps 1200"
 SLOW = "--deeper 0.8 --steps 3000"
-SIXTEEN = ("--nodes 33 --K 16 --queries 33 --L 66 --growth doubling --deeper 0.82 --steps 5500 "
-           "--eval_every 250")
+SIXTEEN = "--nodes 33 --K 16 --queries 33 --L 66 --growth doubling"
 LONG = "--deeper 0.8 --steps 9000 --eval_every 300"
 DEEPER_N = (1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -186,7 +185,9 @@ EXPERIMENTS = {
         }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 8), results="hops-longer"),
     "sixteen_hops": Experiment(
         "hops", "33 nodes, sixteen hops asked for: how many are answered after each pass?", {
-            f"{SIXTEEN} --N 6": "trained with 6 passes",
+            f"{SIXTEEN} --deeper 0.82 --steps 5500 --eval_every 250 --N 6": "trained with 6 passes",
+            f"{SIXTEEN} --deeper 0.7 --steps 6500 --eval_every 250 --N 7 --recall":
+                "trained with 7 passes, recall",
         }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 7, 8), results="hops-sixteen"),
     "layouts": Experiment(
         "khop", "Which hybrid, with and without sleep, at the same compute?", {
