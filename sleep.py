@@ -26,7 +26,7 @@ one pass, whatever N is. N = 1 is the plain hybrid of attention and SSM blocks.
 
 The order of this file: the fast-weight rule, token by token; the model and its sleep; its layers;
 training. Then one line says: skip the rest at first reading. Functions named check_* are there: they
-only refuse bad input, with a sentence (BadInput, a ValueError).
+refuse bad input with a sentence (BadInput, a ValueError), or bring it into one form.
 
 `python sleep.py` shows a trained model asleep, if the folder lab/ is beside this file.
 """
@@ -159,8 +159,8 @@ class SleepLM(nn.Module):
     def algorithm_1(self, tokens, targets, asleep, N=None):
         """Algorithm 1, if it is known which windows sleep: asleep, one bool per window.
 
-        A method of its own because a CUDA graph records it, and nothing in a recorded step may look
-        at the targets. They are as check_batch returns them: every negative one is -1.
+        A method of its own because a CUDA graph records it: there the CPU cannot look at the targets,
+        as windows_asleep does. They are as check_batch returns them: every negative one is -1.
         """
         M = targets.shape[1]
         logits = []
@@ -175,7 +175,7 @@ class SleepLM(nn.Module):
                 window_logits, memory = self.wake(h, memory)               # line 10
                 memory = self.evict(memory)            # a sleep ends with this, too
                 logits.append(window_logits)
-        first = (tokens.shape[1] - M) // self.cfg.L    # the first window with one of the last M positions
+        first = (tokens.shape[1] - M) // self.cfg.L    # where the last M positions begin
         logits = torch.cat(logits[first:], 1)[:, -M:]                      # (B, M, vocab)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)   # line 11
         return logits, loss
@@ -218,10 +218,9 @@ class SleepLM(nn.Module):
     def wake(self, h, memory):
         """One pass over h (B, T, d), the next tokens of a window (Algorithm 1, line 10).
 
-        h are embeddings, as in pass 1 of a sleep. S was last written from features of pass N, and
-        is now read with those of pass 1: training must make them fit. Does not evict, since more
-        tokens of the window may follow. Returns logits (B, T, vocab) and the memory, with these
-        tokens in its cache.
+        h are embeddings, as in pass 1 of a sleep. The S that they read was written last by pass N:
+        training must make the two fit. Does not evict, since more tokens of the window may follow.
+        Returns logits (B, T, vocab) and the memory, with these tokens in its cache.
         """
         check_window(h, memory, self.cfg)
         h_out, S, cache = self.one_pass(h, memory.S, memory.cache)
@@ -275,8 +274,8 @@ class SleepLM(nn.Module):
         """Not in the paper: tokens (B, T) arrive one at a time; after every L the model sleeps.
 
         Every full window sleeps. So the logits of the last window are those of `forward`, if only
-        that one has targets. The sleep makes pass 1 again, from the S before the window: that and the
-        window's embeddings have to be kept. Returns logits (B, T, vocab) and the state for the next
+        that one has targets. What a window wrote to S awake is dropped when it sleeps: the N passes
+        start from the S before the window. Returns logits (B, T, vocab) and the state for the next
         call: the memory now, the memory before this window, and the embeddings of the window so far
         (B, n, d).
         """
@@ -400,7 +399,7 @@ def first_half_lives(cfg):
     """Tokens until S has forgotten half, before training, one number per head. Our choice.
 
     The first head: max(N, 4) * seq_len, as a sleep writes every token N times, and models of N = 1 to
-    4 are to start alike. The last head: 4 tokens. Those between: log-spaced.
+    4 are to start alike. The last of several heads: 4 tokens. Those between: log-spaced.
 
     This is so at a = 0. In a new model a is random, and S forgets about twice as fast.
     """
@@ -666,7 +665,7 @@ def accelerate(model, compile, recompute):
 
 @torch.no_grad()
 def evaluate(model, task, batch, N=None):
-    """The metrics of one teacher-forced forward pass with N passes a sleep, as plain numbers."""
+    """The metrics of a batch after sleeps of N passes, as plain numbers."""
     given_tokens, given_targets, *facts = batch
     tokens, targets = check_batch(given_tokens, given_targets, model.cfg.vocab_size)
     asleep = model.windows_asleep(tokens, targets)
@@ -682,8 +681,8 @@ def evaluate(model, task, batch, N=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# Skip the rest at first reading. It is the same rule as matrix products; checks of what is passed in;
-# and what a script needs: files, the machine, the command line. A script calls main, which calls parse,
+# Skip the rest at first reading. It has the rule as matrix products; checks of what is passed in; and
+# what a script needs: files, the machine, the command line. A script calls main, which calls parse,
 # plan and run_all; that one calls begin, train and save. These imports are for scripts alone.
 import argparse
 import contextlib
