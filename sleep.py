@@ -513,7 +513,7 @@ def train(task, cfg, settings, path, make_model=None, draw_N=None):
     """Train one model -> the model, its optimizers, and its run.
 
     cfg: the model's shape. settings: all flags of this run, a dict. Used here are steps, eval_every,
-    seed, device, compile, recompute, lr_muon, lr_adamw, cooldown, warmup and eviction.
+    seed, device, compile, recompute, lr_muon, lr_adamw, cooldown and warmup.
     path: of its checkpoint; training goes on from there if it exists. run: a dict, among others of
     steps, seconds and tokens, the scores of the last evaluation, and a curve of all of them.
     make_model(cfg, settings) may give a subclass of SleepLM; draw_N(step, settings) the passes of a
@@ -535,7 +535,7 @@ def train(task, cfg, settings, path, make_model=None, draw_N=None):
                     disable=None)
     for step in progress:
         set_rates(optimizers, settings, step)
-        warm_up(model, settings, step)
+        warm_up(model, step, settings["warmup"], cfg.eviction)
         tokens, targets, *_ = task.make_batch(step)
         N = draw_N(step, settings) if draw_N else cfg.N
         torch.manual_seed(settings["seed"] * 10 ** 9 + step)   # for your own model, if it has dropout
@@ -573,15 +573,15 @@ def set_rates(optimizers, settings, step):
             group["lr"] = group["initial_lr"] * share          # initial_lr: as it was made, see begin
 
 
-def warm_up(model, settings, step):
+def warm_up(model, step, warmup, eviction):
     """Section 6.4's warm-up, the first `warmup` steps: attention is frozen, eviction is hard.
 
-    Our choice, as the models start from scratch: whole attention blocks are frozen, with their MLP;
-    SSM blocks, embedding and head learn. What is frozen gets no gradient, and optimizers skip it. An
-    evaluation during the warm-up is of this model.
+    eviction: that of later steps. Our choice, as the models start from scratch: whole attention blocks
+    are frozen, with their MLP; SSM blocks, embedding and head learn. What is frozen gets no gradient,
+    and optimizers skip it. An evaluation during the warm-up is of this model.
     """
-    warming_up = step < settings["warmup"]
-    model.cfg = replace(model.cfg, eviction="hard" if warming_up else settings["eviction"])
+    warming_up = step < warmup
+    model.cfg = replace(model.cfg, eviction="hard" if warming_up else eviction)
     for block in model.blocks:
         block.requires_grad_(block.kind == "s" or not warming_up)
 

@@ -3094,9 +3094,9 @@ def numbers_behind(runs, header, column, row):
     return None
 
 
-def test_the_tables_of_khop_and_trees_are_computed_from_the_results_that_they_name():
+def test_the_tables_of_four_pages_are_computed_from_the_results_that_they_name():
     checked = {}
-    for page in ("khop", "trees"):
+    for page in ("khop", "trees", "hops", "fast_weights"):
         text = (HERE / f"lab/pages/{page}.md").read_text(encoding="utf-8")
         for results, header, rows in tables(text):
             if results is None or "settings" not in common.read_results(
@@ -3111,7 +3111,9 @@ def test_the_tables_of_khop_and_trees_are_computed_from_the_results_that_they_na
                         assert right, (page, results, row[0], header[column], row[column], values)
                         checked[results] = checked.get(results, 0) + 1
     assert checked["khop-staircase"] == 20 and checked["khop-depth"] == 75
-    assert checked["trees"] == 56 and sum(checked.values()) > 300, checked
+    assert checked["trees"] == 56 and checked["khop-fast-weights"] == 50, checked
+    assert checked["hops-eight"] == 54 and checked["hops-longer"] == 54, checked
+    assert sum(checked.values()) > 500, checked
 
 
 def test_the_table_of_the_readme_holds_the_means_of_results():
@@ -4007,7 +4009,7 @@ def test_a_warm_up_step_moves_inserted_blocks_only_and_words_never_move():
     def moved(step):
         before = {name: p.detach().clone() for name, p in built.named_parameters()}
         sleep.set_rates(optimizers, settings, step)
-        sleep.warm_up(built, settings, step)
+        sleep.warm_up(built, step, settings["warmup"], cfg.eviction)
         gradients(*task.make_batch(step)[:2], 2)
         for optimizer in optimizers:
             optimizer.step()

@@ -44,7 +44,9 @@ ONE_TO_FOUR = {
 ALTERNATING = "alternating, hard eviction (the preset)"
 SMALL_CYCLE = "--nodes 12 --K 4 --queries 12 --L 24 --d_model 64 --batch_size 64 --steps 1200"
 SLOW = "--deeper 0.8 --steps 3000"
-SIXTEEN = "--nodes 33 --K 16 --queries 33 --L 66 --growth doubling"
+RECALL = "--recall --growth doubling --deeper 0.52 --cooldown 0.3 --steps 4600 --eval_every 200"
+SIXTEEN = ("--nodes 33 --K 16 --queries 33 --L 66 --growth doubling --deeper 0.82 --steps 5500 "
+           "--eval_every 250")
 LONG = "--deeper 0.8 --steps 9000 --eval_every 300"
 DEEPER_N = (1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -174,6 +176,13 @@ EXPERIMENTS = {
             f"{SLOW} --N 8 --seed 0": "trained with 8 passes, seed 0",
         }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 7, 8, 9, 12),
         results="hops-eight-by-pass"),
+    "eight_hops_recall": Experiment(
+        "hops", "Twenty nodes, recall, and the largest k doubles: hops after each pass", {
+            f"{RECALL} --N 6 --seed 0": "trained with 6 passes, recall, seed 0",
+            f"{RECALL} --N 6 --seed 1": "trained with 6 passes, recall, seed 1",
+            f"{RECALL} --N 6 --seed 2": "trained with 6 passes, recall, seed 2",
+        }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 7, 8, 9, 12),
+        results="hops-eight-recall"),
     "longer_hops": Experiment(
         "hops", "Twenty nodes, three times the training: how many hops are answered after each pass?", {
             f"{LONG} --N 1": "trained with 1 pass",
@@ -185,9 +194,7 @@ EXPERIMENTS = {
         }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 8), results="hops-longer"),
     "sixteen_hops": Experiment(
         "hops", "33 nodes, sixteen hops asked for: how many are answered after each pass?", {
-            f"{SIXTEEN} --deeper 0.82 --steps 5500 --eval_every 250 --N 6": "trained with 6 passes",
-            f"{SIXTEEN} --deeper 0.7 --steps 6500 --eval_every 250 --N 7 --recall":
-                "trained with 7 passes, recall",
+            f"{SIXTEEN} --N 6": "trained with 6 passes",
         }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 7, 8), results="hops-sixteen"),
     "layouts": Experiment(
         "khop", "Which hybrid, with and without sleep, at the same compute?", {
