@@ -48,6 +48,7 @@ RECALL = "--recall --growth doubling --deeper 0.52 --cooldown 0.3 --steps 4600 -
 SIXTEEN = ("--nodes 33 --K 16 --queries 33 --L 66 --growth doubling --deeper 0.82 --steps 5500 "
            "--eval_every 250")
 LONG = "--deeper 0.8 --steps 9000 --eval_every 300"
+POWERS = "--k_law doubles --growth doubling"
 DEEPER_N = (1, 2, 3, 4, 6, 8, 12, 16)
 
 EXPERIMENTS = {
@@ -192,6 +193,24 @@ EXPERIMENTS = {
             f"{LONG} --N 5": "trained with 5 passes",
             f"{LONG} --N 6": "trained with 6 passes",
         }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 8), results="hops-longer"),
+    "powers_of_two": Experiment(
+        "hops", "Twenty nodes, 1, 2, 4 and 8 hops: how many are answered after each pass?", {
+            f"{SLOW} {POWERS} --N 1": "trained with 1 pass",
+            f"{SLOW} {POWERS} --N 2": "trained with 2 passes",
+            f"{SLOW} {POWERS} --N 3": "trained with 3 passes",
+            f"{SLOW} {POWERS} --N 4": "trained with 4 passes",
+            f"{SLOW} {POWERS} --N 5": "trained with 5 passes",
+            f"{SLOW} {POWERS} --N 6": "trained with 6 passes",
+        }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 8)),
+    "longer_powers": Experiment(
+        "hops", "1, 2, 4 and 8 hops, three times the training: how many after each pass?", {
+            f"{LONG} {POWERS} --N 1": "trained with 1 pass",
+            f"{LONG} {POWERS} --N 2": "trained with 2 passes",
+            f"{LONG} {POWERS} --N 3": "trained with 3 passes",
+            f"{LONG} {POWERS} --N 4": "trained with 4 passes",
+            f"{LONG} {POWERS} --N 5": "trained with 5 passes",
+            f"{LONG} {POWERS} --N 6": "trained with 6 passes",
+        }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 8)),
     "sixteen_hops": Experiment(
         "hops", "33 nodes, sixteen hops asked for: how many are answered after each pass?", {
             f"{SIXTEEN} --N 6": "trained with 6 passes",
