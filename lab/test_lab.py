@@ -2044,13 +2044,15 @@ def test_a_pass_that_knows_its_number_is_told_it_before_it_begins():
     close(slept.S[1], S[1], 1e-12)
 
 
-def test_every_law_of_k_draws_what_it_says_and_the_test_has_every_k():
+def test_every_law_of_k_draws_what_it_says_and_the_test_asks_what_training_asks():
     counts = {}
     for law in ("all", "power", "doubles"):
         task = task_of("hops", f"--k_law {law} --deeper 0 --batch_size 5000")
         k = task.hops(task.make_batch(0)[0])
         counts[law] = torch.bincount(k.flatten(), minlength=9)[1:] / k.numel()     # of 100,000
-        assert set(task.hops(task.test[0]).flatten().tolist()) == set(range(1, 9))
+        wanted = {1, 2, 4, 8} if law == "doubles" else set(range(1, 9))
+        assert set(task.hops(task.test[0]).flatten().tolist()) == wanted == set(task.test_k)
+        assert set(task.chance["accuracy"]) == {str(k) for k in wanted}
     close(counts["all"], torch.full((8,), 1 / 8), 0.02)
     weights = torch.arange(1, 9) ** -1.5
     close(counts["power"], weights / weights.sum(), 0.02)
@@ -2495,6 +2497,7 @@ def test_the_leaderboard_says_who_arrived_and_refuses_another_task():
                              ("expected one argument", "--hops"),
                              ("leave --nodes", "--hops=8 --nodes 30"),
                              ("what the test asks", "--hops 8 --k_law walk"),
+                             ("what the test asks", "--hops 8 --k_law doubles"),
                              ("200 steps apart", "--hops 8 --eval_every 300")):
             is_refused(words, leaderboard.main, f"--device cpu {flags}")
 

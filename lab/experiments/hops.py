@@ -51,8 +51,15 @@ class Hops(train_khop.Cycles):
                                      "passes: give one --N.")
             self.settings = vars(args) | dict(N=args.N[0], seed=seed)
         super().__init__(args, seed)
-        if by_passes:                                          # the test asks what training asks
-            self.test_k = sorted({self.k_after(N) for N in range(1, args.N[0] + 1)})
+        # The test asks what training asks: questions share a window, and a k that was never trained
+        # spoils the answers to the others.
+        asked = None
+        if by_passes:
+            asked = sorted({self.k_after(N) for N in range(1, args.N[0] + 1)})
+        elif args.k_law == "doubles":
+            asked = [2 ** i for i in range(self.K.bit_length())]
+        if asked is not None:
+            self.test_k = asked
             self.test = self.make_batch(-1)
             self.chance = self.best_guess()
 

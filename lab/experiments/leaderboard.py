@@ -58,9 +58,8 @@ def check_rules(args, default, flags, most_steps):
     if changed:
         raise sleep.BadInput(f"the task of the leaderboard is that of the cpu preset: leave "
                              f"{' '.join(f'--{flag}' for flag in changed)} as it is there.")
-    if getattr(args, "k_law", "all") in ("walk", "jump"):
-        raise sleep.BadInput(f"--k_law {args.k_law} changes what the test asks: take all, power or "
-                             "doubles.")
+    if getattr(args, "k_law", "all") not in ("all", "power"):
+        raise sleep.BadInput(f"--k_law {args.k_law} changes what the test asks: take all or power.")
     if args.eval_every > most_steps:
         raise sleep.BadInput(f"--eval_every {args.eval_every}: evaluations are at most "
                              f"{most_steps} steps apart.")
