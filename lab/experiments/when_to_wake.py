@@ -32,7 +32,7 @@ def load(path):
     try:
         saved = sleep.read_checkpoint(Path(path))
         run = saved["run"]
-        if run["task"] not in ("khop", "trees"):
+        if run["task"] not in ("khop", "hops", "trees"):
             raise ValueError
         _, presets, _, Task = load_task(run["task"])
         # A flag that the run does not name is as in the cpu preset.
