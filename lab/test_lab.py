@@ -50,7 +50,7 @@ from lab.common import PICTURES, RESULTS, load_runs, mean
 from lab.course import demo, demo_trees, exercises, ladder, make_notebook, solutions
 from lab.course import tiny as tiny_py
 from lab.experiments import __main__ as experiments
-from lab.experiments import (baselines, hops, leaderboard, plots, reach, recall, registry, runner,
+from lab.experiments import (baselines, exchange, hops, leaderboard, plots, reach, recall, registry, runner,
                              swaps, trees, variants, when_to_wake, which_node)
 from lab.pretrained import __main__ as pretrained_demo
 from lab.pretrained import facts, gguf, read
@@ -2606,6 +2606,57 @@ def test_pointers_double_their_reach_if_parents_come_first_and_else_add_the_last
         assert slow <= between <= fast
 
 
+def test_texts_that_exchange_s_answer_from_what_they_got_and_what_h_carries():
+    task, model = small_trees()
+    tokens, targets, _ = task.test
+    n = task.nodes
+    plain = model(tokens, targets, 2)[0].argmax(-1)
+    # No exchange: after pass 0. After the last pass: the questions are put to the text before.
+    assert torch.equal(exchange.answers(model, tokens, n, 2, after=0), plain)
+    to_the_text_before = torch.cat([tokens[:, :12].roll(1, 0), tokens[:, 12:]], 1)
+    wanted = model(to_the_text_before, targets, 2)[0].argmax(-1)
+    assert torch.equal(exchange.answers(model, tokens, n, 2, after=2), wanted)
+    # Two passes by hand, S exchanged between them.
+    empty = model.empty_memory(len(tokens))
+    h, S, _ = model.one_pass(model.embed(tokens[:, :12]), empty.S, empty.cache)
+    S = [None, S[1][torch.arange(-1, len(tokens) - 1)]]
+    memory = model.evict(sleep.Memory(*model.one_pass(h, S, empty.cache)[1:], 0))
+    wanted = model.wake(model.embed(tokens[:, 12:]), memory)[0].argmax(-1)
+    assert torch.equal(exchange.answers(model, tokens, n, 2, after=1), wanted)
+    assert not torch.equal(wanted, plain)
+
+
+def test_ways_are_followed_and_end_at_roots():
+    edges = torch.tensor([[5, 3, 3, 4, 4, 4, 7, 6, 6, 6]])     # 5 > 3 > 4, a root, and 7 > 6, a root
+    leads_to = exchange.next_nodes(edges, 5, 8)
+    nodes = torch.tensor([[5, 3, 4, 7]])
+    assert exchange.follow(leads_to, nodes, 0).tolist() == nodes.tolist()
+    assert exchange.follow(leads_to, nodes, 2).tolist() == [[4, 4, 4, 6]]
+    assert exchange.edges_to_the_end(leads_to, nodes, 9).tolist() == [[2, 1, 0, 1]]
+    assert exchange.edges_to_the_end(leads_to, nodes, 1).tolist() == [[1, 1, 0, 1]]
+
+
+def test_pointers_that_meet_another_s_go_on_along_its_edges():
+    n = 40
+    name = torch.stack([torch.arange(n), torch.randperm(n, generator=torch.Generator().manual_seed(1))])
+    source = name[:, 1:].flip(1)                               # two paths, the children first
+    root = name[:, :1]
+    edges = torch.stack([torch.cat([source, root], 1), torch.cat([name[:, :-1].flip(1), root], 1)], 2)
+    asked = name[:, 10:]
+    tokens = torch.cat([edges.flatten(1), asked], 1)
+    own = exchange.next_nodes(tokens, n, n)
+    fibonacci = [1, 1, 2, 3, 5, 8]
+    for passes in (3, 4, 5, 6):
+        for left in (1, 2):                                    # passes after the exchange
+            machine = reach.pointer_machine(tokens, n, passes, "now", passes - left)[-1]
+            along = fibonacci[passes - 1] if left == 1 else fibonacci[passes - 2]
+            then = 0 if left == 1 else fibonacci[passes - 3]
+            node = exchange.follow(own, asked, along)
+            goes_on = exchange.edges_to_the_end(own.roll(1, 0), node, 9) > then
+            wanted = exchange.follow(own.roll(1, 0), node, then)
+            assert torch.equal(machine[goes_on], wanted[goes_on]) and goes_on.sum() > 20
+
+
 def test_programs_that_watch_a_checkpoint_write_numbers_that_agree_with_its_run():
     with new_folder():
         few = "--device cpu --steps 2 --eval_every 1 --batch_size 4 --seed 0 --N 2"
@@ -2630,6 +2681,18 @@ def test_programs_that_watch_a_checkpoint_write_numbers_that_agree_with_its_run(
             assert abs(row[int(k)] - saved["accuracy"][k]) < 1e-3          # its diagonal
         runs_well(which_node.main, "--draw w.json")
 
+        train("hops", f"{few} --k_law doubles --out h")
+        runs_well(which_node.main, "h/N2-seed0.pt --out h.png")
+        text = runs_well(exchange.main, "a/N2-seed0.pt h/N2-seed0.pt --out x.png")
+        assert "3 hops, S exchanged after pass 1 of 2" in text and "8 hops" in text
+        for run in common.read_results("x.json")["runs"]:
+            i_and_j = [sum(map(int, pair.split("+"))) for pair in run["shares"]]
+            assert set(i_and_j) <= {run["asked"]}
+        runs_well(exchange.main, "--draw x.json")
+        with patched(exchange, "DEEP", 1), patched(exchange, "FEWEST", 1):
+            text = runs_well(exchange.main, "t/N2-seed0.pt --out xt.png")
+        assert "children first, S exchanged after pass 4 of 6" in text and is_png("xt.png")
+
         runs_well(reach.main, "t/N2-seed0.pt --passes 3 --out r.png")
         for measured in common.read_results("r.json")["runs"]:
             assert len(measured["accuracy"]) == len(measured["said"]) == 3
@@ -2642,6 +2705,7 @@ def test_programs_that_watch_a_checkpoint_write_numbers_that_agree_with_its_run(
 
         train("khop", f"{few} --K 5 --out k5")
         train("khop", f"{few} --L 12 --out short")
+        train("khop", f"{few.replace('--N 2', '--N 1')} --out one")
         for words, main, command in (
                 ("no checkpoint", when_to_wake.main, "a/N2-seed0.json"),
                 ("no checkpoint", when_to_wake.main, "nothing.pt"),
@@ -2654,6 +2718,10 @@ def test_programs_that_watch_a_checkpoint_write_numbers_that_agree_with_its_run(
                 ("from 0 to", which_node.main, "a/N2-seed0.pt --N -1"),
                 ("another test", which_node.main, "a/N2-seed0.pt k5/N2-seed0.pt"),
                 ("holds no numbers", which_node.main, "--draw r.json"),
+                ("measure them apart", exchange.main, "a/N2-seed0.pt t/N2-seed0.pt"),
+                ("one pass", exchange.main, "one/N1-seed0.pt"),
+                ("name at least one", exchange.main, ""),
+                ("holds no numbers", exchange.main, "--draw w.json"),
                 ("no checkpoint of trees", reach.main, "a/N2-seed0.pt"),
                 ("measure them apart", reach.main, f"t/N2-seed0.pt {demo.TREES} --passes 2"),
                 ("0 (all tokens) or more", reach.main, "t/N2-seed0.pt --near -1"),

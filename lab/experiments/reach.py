@@ -82,7 +82,7 @@ def near_attention(near):
         F.scaled_dot_product_attention = full_attention
 
 
-def pointer_machine(tokens, nodes, n_passes, reads="now"):
+def pointer_machine(tokens, nodes, n_passes, reads="now", exchange_after=None):
     """As answers_after_each_pass, for a machine that makes no errors.
 
     The token of an edge from a to b has a pointer, b at first. In a pass the tokens take turns. Each
@@ -91,6 +91,7 @@ def pointer_machine(tokens, nodes, n_passes, reads="now"):
 
     reads: "now", S as it is; "before", S as it was before the pass; "first", S as it is, and only then
     it writes: as two SSM blocks can, the second of which writes what the first one read.
+    exchange_after: the pass after which each text gets the S of the text before it in the batch.
     """
     B = len(tokens)
     text = torch.arange(B)
@@ -99,7 +100,7 @@ def pointer_machine(tokens, nodes, n_passes, reads="now"):
     pointers = edges[..., 1].clone()                           # (B, nodes)
     S = torch.full((B, nodes), -1)                             # where a node points to; -1: nowhere
     answers = []
-    for _ in range(n_passes):
+    for n in range(1, n_passes + 1):
         before = S.clone()
         for i in range(nodes):
             node = edges[:, i, 0]
@@ -109,6 +110,8 @@ def pointer_machine(tokens, nodes, n_passes, reads="now"):
             pointers[:, i] = torch.where(found >= 0, found, pointers[:, i])
             if reads == "first":
                 S[text, node] = pointers[:, i]
+        if n == exchange_after:
+            S = S.roll(1, 0)
         answers.append(S.gather(1, asked))
     return torch.stack(answers)
 
