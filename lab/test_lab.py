@@ -3314,6 +3314,37 @@ def test_the_reaches_on_the_page_of_jumps_are_those_of_the_results_that_it_names
 
 
 
+def test_the_ways_on_the_page_of_exchanges_are_those_of_the_results_that_it_names():
+    checked = 0
+    text = (HERE / "lab/pages/exchange.md").read_text(encoding="utf-8")
+    for results, header, rows in tables(text):
+        runs = common.read_results(RESULTS / f"{results}.json")["runs"]
+        left = 2 if "two passes" in header[0] else 1           # passes after the exchange
+        runs = [run for run in runs if run["passes"] - run["after"] == left]
+        for row in rows:
+            for column, cell in zip(header[1:], row[1:]):
+                number = int(column.split()[0])
+                if results == "exchange-trees":
+                    test, who = row[0].split(": ")
+                    of_cell, = [run for run in runs if (run["test"], run["passes"]) == (test, number)]
+                    shares = of_cell["machine" if who == "machine" else "shares"]
+                else:
+                    N, seed = map(int, re.fullmatch(r"N = (\d), seed (\d)", row[0]).groups())
+                    of_cell, = [run for run in runs if (run["trained_N"], run["seed"], run["asked"])
+                                == (N, seed, number)]
+                    shares = of_cell["shares"]
+                said = re.findall(r"(\d\+\d) \(([\d.]+)\)", cell)
+                commonest = sorted(shares, key=shares.get, reverse=True)[:len(said)]
+                assert [pair for pair, _ in said] == commonest, (results, row[0], column)
+                for pair, share in said:
+                    assert agrees(share, [shares[pair]]), (results, row[0], column, pair)
+                    checked += 1
+                if not said:
+                    limit = {"spread over many": 0.1, "none above 0.12": 0.125}[cell]
+                    assert max(shares.values()) < limit, (results, row[0], column)
+    assert checked > 80, checked
+
+
 # ------------------------------------------------------------------------------------------------
 # Pages: links, commands, code
 

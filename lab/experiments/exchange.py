@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import sleep
-from lab.common import (check_output, mean, parser, picture_of, program, read_results,
+from lab.common import (check_output, parser, picture_of, program, read_results,
                         write_results)
 from lab.experiments import reach, when_to_wake
 from lab.experiments.plots import figure, save_figure, write_in_cell
@@ -163,8 +163,12 @@ def commonest(shares, n=3):
     return "  ".join(f"{pair} {shares[pair]:.2f}" for pair in pairs) or "none"
 
 
+def asked_for(run):
+    return f"{run['asked']} hop{'s' * (run['asked'] > 1)}"
+
+
 def print_run(run):
-    words = f"{run['asked']} hops" if run["task"] != "trees" else run["test"]
+    words = run["test"] or asked_for(run)
     line = (f"N = {run['trained_N']}, seed {run['seed']}, {words}, S exchanged after pass {run['after']} "
             f"of {run['passes']}: {commonest(run['shares'])}")
     if run["machine"] is not None:
@@ -177,49 +181,53 @@ def print_run(run):
 
 def draw(runs, path):
     """On k hops a row a model, a column a question; on trees a row an order, a column a sleep."""
-    panels = {}                            # (row, column): the shares of the seeds
+    panels = {}                            # (row, column): shares
     for run in runs:
         left = run["passes"] - run["after"]
         if run["task"] != "trees" and left == 1:
-            row = f"N = {run['trained_N']}: S exchanged\nbefore the last pass"
-            panels.setdefault((row, f"{run['asked']} hop{'s' * (run['asked'] > 1)}"),
-                              []).append(run["shares"])
+            row = f"N = {run['trained_N']}, seed {run['seed']}, S exchanged\nbefore the last pass"
+            panels[row, asked_for(run)] = run["shares"]
         elif run["task"] == "trees" and left == 2:
             column = f"{run['passes']} passes, S exchanged after {run['after']}"
-            for who in ("shares", "machine"):
-                row = f"{run['test']}:\n{'model' if who == 'shares' else 'machine'}"
-                panels.setdefault((row, column), []).append(run[who])
+            model = f"N = {run['trained_N']}, seed {run['seed']}"
+            panels[f"{run['test']}:\n{model}", column] = run["shares"]
+            panels[f"{run['test']}:\nmachine", column] = run["machine"]
     rows = list(dict.fromkeys(row for row, _ in panels))
     columns = list(dict.fromkeys(column for _, column in panels))
-    fig, axes = figure(len(rows), len(columns), (2.7 * len(columns) + 0.6, 2.5 * len(rows) + 0.6))
-    for y, row in enumerate(rows):
-        for x, column in enumerate(columns):
+    fig, axes = figure(len(rows), len(columns), (2.6 * len(columns) + 0.6, 2.4 * len(rows) + 0.6))
+    for x, column in enumerate(columns):
+        of_column = [panels[row, column] for row in rows if (row, column) in panels]
+        seen = [pair for shares in of_column for pair, share in shares.items() if share >= WRITTEN]
+        most = max([3, *(edges for pair in seen for edges in edges_of(pair))])
+        for y, row in enumerate(rows):
             ax = axes[y, x]
             if (row, column) in panels:
-                draw_panel(ax, panels[row, column])
+                draw_panel(ax, panels[row, column], most)
             else:
                 ax.axis("off")
             if y == 0:
                 ax.set_title(column, fontsize=9)
             if x == 0:
-                ax.set_ylabel(f"{row}\nedges in the text itself", fontsize=8)
+                ax.set_ylabel(f"{row}\nedges in the text itself", fontsize=7)
             if y == len(rows) - 1:
                 ax.set_xlabel("then edges in the other text", fontsize=8)
     save_figure(fig, path)
 
 
-def draw_panel(ax, of_seeds):
-    """Shares of pairs, their mean over the seeds."""
-    names = {pair for shares in of_seeds for pair in shares}
-    shares = {tuple(map(int, pair.split("+"))): mean([of_seed.get(pair, 0.0) for of_seed in of_seeds])
-              for pair in names}
-    most = max([3, *(edges for pair, share in shares.items() if share >= 0.05 for edges in pair)])
-    image = [[shares.get((i, j), 0.0) for j in range(most + 1)] for i in range(most + 1)]
+def edges_of(pair):
+    """"2+1" -> (2, 1)."""
+    i, j = pair.split("+")
+    return int(i), int(j)
+
+
+def draw_panel(ax, shares, most):
+    """The shares of pairs up to `most` edges."""
+    image = [[shares.get(f"{i}+{j}", 0.0) for j in range(most + 1)] for i in range(most + 1)]
     ax.imshow(image, vmin=0, vmax=1, cmap="viridis", origin="lower")
     for i, row in enumerate(image):
         for j, share in enumerate(row):
             if share >= WRITTEN:
-                write_in_cell(ax, j, i, f"{share:.2f}".lstrip("0"), share, 7)
+                write_in_cell(ax, j, i, f"{share:.2f}".removeprefix("0"), share, 7)
     ax.set_xticks(range(most + 1))
     ax.set_yticks(range(most + 1))
     ax.tick_params(labelsize=7)

@@ -201,7 +201,7 @@ EXPERIMENTS = {
             f"{SLOW} {POWERS} --N 4": "trained with 4 passes",
             f"{SLOW} {POWERS} --N 5": "trained with 5 passes",
             f"{SLOW} {POWERS} --N 6": "trained with 6 passes",
-        }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 8)),
+        }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 8), results="hops-powers"),
     "longer_powers": Experiment(
         "hops", "1, 2, 4 and 8 hops, three times the training: how many after each pass?", {
             f"{LONG} {POWERS} --N 1": "trained with 1 pass",
@@ -210,7 +210,7 @@ EXPERIMENTS = {
             f"{LONG} {POWERS} --N 4": "trained with 4 passes",
             f"{LONG} {POWERS} --N 5": "trained with 5 passes",
             f"{LONG} {POWERS} --N 6": "trained with 6 passes",
-        }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 8)),
+        }, picture="passes_by_cases", N_test=(1, 2, 3, 4, 5, 6, 8), results="hops-powers-longer"),
     "sixteen_hops": Experiment(
         "hops", "33 nodes, sixteen hops asked for: how many are answered after each pass?", {
             f"{SIXTEEN} --N 6": "trained with 6 passes",
