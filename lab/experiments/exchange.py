@@ -4,7 +4,7 @@
     python -m lab.experiments.exchange lab/models/trees-N7.pt
     python -m lab.experiments.exchange --draw lab/results/exchange-trees.json         draw it again
 
-After a pass, each text of the test gets the S of the next one, which has other edges; its h stays. Then
+After a pass, each text of the test gets the S of another one, which has other edges; its h stays. Then
 the sleep goes on. An answer may go i edges along the text itself, then j along the other one: if h carries
 a node i edges on, and a later pass looks up in S where that node leads. No other way goes there.
 
