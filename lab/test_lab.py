@@ -3342,7 +3342,7 @@ def test_the_ways_on_the_page_of_exchanges_are_those_of_the_results_that_it_name
                 if not said:
                     limit = {"spread over many": 0.1, "none above 0.12": 0.125}[cell]
                     assert max(shares.values()) < limit, (results, row[0], column)
-    assert checked > 80, checked
+    assert checked > 90, checked
 
 
 # ------------------------------------------------------------------------------------------------
