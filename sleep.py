@@ -10,7 +10,7 @@ S from pass to pass. Then the window is evicted. Under hard eviction only S rema
 one pass, whatever N is. N = 1 is the plain hybrid of attention and SSM blocks.
 
   name       paper      meaning                                          shape
-  T                     tokens in a call: a sequence, or (part of) a window
+  T                     tokens of this call
   tokens     x, c       B sequences                                      (B, T)
   targets    x, m       what the last M positions are to predict;        (B, M)
                         negative where the loss mask m is 0
@@ -26,7 +26,7 @@ one pass, whatever N is. N = 1 is the plain hybrid of attention and SSM blocks.
 
 The order of this file: the fast-weight rule, token by token; the model and its sleep; its layers;
 training. Then one line says: skip the rest at first reading. Functions named check_* are there: they
-refuse bad input with a sentence (BadInput, a ValueError), or bring it into one form.
+refuse bad input with a sentence (BadInput, a ValueError); some also convert it, as integers to int64.
 
 `python sleep.py` shows a trained model asleep, if the folder lab/ is beside this file.
 """
@@ -83,7 +83,7 @@ def fast_weight_rule(q, k, v, log_alpha, beta, S, delta=True):
 class Config:
     """The shape of a model, checked when it is made (ValueError)."""
     vocab_size: int
-    seq_len: int                   # tokens of a training sequence: sets only how slowly S forgets at first
+    seq_len: int                   # tokens of a training sequence: how slowly S forgets before training
     L: int                         # window of attention, in tokens
     N: int = 1                     # passes of a sleep, where a call does not say otherwise
     layout: str = "asas"           # one letter per block: a = attention, s = SSM (fast weights)
@@ -137,7 +137,11 @@ class SleepLM(nn.Module):
         Fill whole windows: a window that holds a target does not sleep, so context that shares it
         with an answer is read in one pass. Pad on the left if the context is not a multiple of L.
 
-        Returns logits (B, M, vocab), 0 where a window sleeps, and their mean cross entropy in nats.
+        The separator "=" opens the window of the answers: without it y0 would be predicted at h, and
+        the window e f g h would not sleep.
+
+        Returns logits (B, M, vocab), 0 where a window sleeps, and their mean cross entropy in nats (our
+        choice: one mean over the targets of all windows).
         """
         tokens, targets = check_batch(tokens, targets, self.cfg.vocab_size)
         asleep = self.windows_asleep(tokens, targets)
@@ -159,8 +163,8 @@ class SleepLM(nn.Module):
     def algorithm_1(self, tokens, targets, asleep, N=None):
         """Algorithm 1, if it is known which windows sleep: asleep, one bool per window.
 
-        A method of its own because a CUDA graph records it: there the CPU cannot look at the targets,
-        as windows_asleep does. They are as check_batch returns them: every negative one is -1.
+        Apart from `forward`, since a CUDA graph records it, and cannot branch on the targets. These are
+        as check_batch returns them: every negative one is -1.
         """
         M = targets.shape[1]
         logits = []
@@ -218,9 +222,9 @@ class SleepLM(nn.Module):
     def wake(self, h, memory):
         """One pass over h (B, T, d), the next tokens of a window (Algorithm 1, line 10).
 
-        h are embeddings, as in pass 1 of a sleep. The S that they read was written last by pass N:
-        training must make the two fit. Does not evict, since more tokens of the window may follow.
-        Returns logits (B, T, vocab) and the memory, with these tokens in its cache.
+        h are embeddings, as in pass 1 of a sleep, but the S that they read was written by pass N:
+        training must make it readable from a first pass. Does not evict, since more tokens of the
+        window may follow. Returns logits (B, T, vocab) and the memory, with these tokens in its cache.
         """
         check_window(h, memory, self.cfg)
         h_out, S, cache = self.one_pass(h, memory.S, memory.cache)
@@ -273,8 +277,8 @@ class SleepLM(nn.Module):
     def stream(self, tokens, state=None):
         """Not in the paper: tokens (B, T) arrive one at a time; after every L the model sleeps.
 
-        Every full window sleeps. So the logits of the last window are those of `forward`, if only
-        that one has targets. What a window wrote to S awake is dropped when it sleeps: the N passes
+        Every full window sleeps. The logits of the last window equal those of `forward` where only that
+        window has targets. What a window wrote to S awake is dropped when it sleeps: the N passes
         start from the S before the window. Returns logits (B, T, vocab) and the state for the next
         call: the memory now, the memory before this window, and the embeddings of the window so far
         (B, n, d).
@@ -398,8 +402,8 @@ class FastWeights(nn.Module):
 def first_half_lives(cfg):
     """Tokens until S has forgotten half, before training, one number per head. Our choice.
 
-    The first head: max(N, 4) * seq_len, as a sleep writes every token N times, and models of N = 1 to
-    4 are to start alike. The last of several heads: 4 tokens. Those between: log-spaced.
+    The first head: max(N, 4) * seq_len, as a sleep writes every token N times; so models of N = 1 to 4
+    start with the same numbers. The last of several heads: 4 tokens. Those between: log-spaced.
 
     This is so at a = 0. In a new model a is random, and S forgets about twice as fast.
     """
@@ -538,7 +542,7 @@ def train(task, cfg, settings, path, make_model=None, draw_N=None):
         warm_up(model, step, settings["warmup"], cfg.eviction)
         tokens, targets, *_ = task.make_batch(step)
         N = draw_N(step, settings) if draw_N else cfg.N
-        torch.manual_seed(settings["seed"] * 10 ** 9 + step)   # for your own model, if it has dropout
+        torch.manual_seed(settings["seed"] * 10 ** 9 + step)   # so that dropout, if you add it, resumes
         loss_sum = loss_sum + forward_backward(tokens, targets, N)
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         grad_max = grad_max.maximum(nn.utils.get_total_norm(grads))
@@ -578,8 +582,11 @@ def warm_up(model, step, warmup, eviction):
 
     eviction: that of later steps. Our choice, as the models start from scratch: whole attention blocks
     are frozen, with their MLP; SSM blocks, embedding and head learn. What is frozen gets no gradient,
-    and optimizers skip it. An evaluation during the warm-up is of this model.
+    and optimizers skip it. An evaluation during the warm-up is of this model. Without a warm-up nothing
+    is changed: what make_model froze stays frozen.
     """
+    if warmup == 0:
+        return
     warming_up = step < warmup
     model.cfg = replace(model.cfg, eviction="hard" if warming_up else eviction)
     for block in model.blocks:
@@ -656,7 +663,7 @@ def accelerate(model, compile, recompute):
         for block in model.blocks:
             block.compile(fullgraph=True, dynamic=False)
     if recompute:
-        one_pass = partial(type(model).one_pass, model)        # of the class: it is not wrapped twice
+        one_pass = partial(type(model).one_pass, model)        # the class's: a second call wraps it anew
         model.one_pass = partial(recompute_in_backward, one_pass, use_reentrant=False)
     elif model.head.weight.is_cuda:
         return CudaGraphs(model)
@@ -711,7 +718,7 @@ def fast_weight_rule_chunked(q, k, v, log_alpha, beta, S, delta=True, chunk=64):
         o_i = e^{c_i} S q_i + sum_{j<=i} e^{c_i - c_j} (q_i . k_j) u_j
     with c the running sum of log_alpha, and S the state before the chunk. The first line is a
     triangular system for u; without delta u_i = beta_i v_i. Rounding: in float32 outputs differ from
-    the token-by-token form by about 1e-6, and by up to 1e-4 after strong forgetting inside a chunk
+    the token-by-token form by about 1e-6, and by some 1e-4 after strong forgetting inside a chunk
     (on CUDA by more, where a script's float32 products are TF32).
     """
     check_rule(q, k, v, log_alpha, beta, S)

@@ -1184,6 +1184,17 @@ def test_the_warm_up_trains_the_ssm_blocks_alone_with_hard_eviction_then_all_wit
         assert not torch.equal(middle[name], last[name]), name
 
 
+def test_without_a_warm_up_what_a_model_froze_stays_frozen():
+    model = tiny()
+    for p in model.blocks[1].parameters():
+        p.requires_grad_(False)
+    for step in (0, 5):
+        sleep.warm_up(model, step, 0, "hard")
+        frozen = [i for i, block in enumerate(model.blocks)
+                  if not all(p.requires_grad for p in block.parameters())]
+        assert frozen == [1]
+
+
 def test_every_optimizer_steps_with_its_own_rate_that_cools_down():
     make = sleep.make_optimizers
     rates = ([], [])

@@ -142,8 +142,8 @@ class Cycles:
         sizes = torch.arange(3, self.nodes + 1, device=self.device)
         weights = 1 / (sizes + math.sqrt(self.nodes))
         n = sizes[torch.multinomial(weights, rows, replacement=True, generator=g)]
-        # Two draws are not used, n where it is replaced and the numbers below it: every recorded run
-        # depends on the order of draws.
+        # The n that is overwritten here, and the numbers below it, are drawn and not used: every
+        # recorded run depends on the order of draws.
         if test or self.n_law == "all":
             n = torch.full_like(n, self.nodes)
         torch.rand(rows, generator=g, device=self.device)
