@@ -2689,6 +2689,8 @@ def test_programs_that_watch_a_checkpoint_write_numbers_that_agree_with_its_run(
             i_and_j = [sum(map(int, pair.split("+"))) for pair in run["shares"]]
             assert set(i_and_j) <= {run["asked"]}
         runs_well(exchange.main, "--draw x.json")
+        early = [run | dict(passes=3) for run in common.read_results("x.json")["runs"]]
+        common.write_results("early.json", dict(runs=early))
         with patched(exchange, "DEEP", 1), patched(exchange, "FEWEST", 1):
             text = runs_well(exchange.main, "t/N2-seed0.pt --out xt.png")
         assert "children first, S exchanged after pass 4 of 6" in text and is_png("xt.png")
@@ -2720,6 +2722,8 @@ def test_programs_that_watch_a_checkpoint_write_numbers_that_agree_with_its_run(
                 ("holds no numbers", which_node.main, "--draw r.json"),
                 ("measure them apart", exchange.main, "a/N2-seed0.pt t/N2-seed0.pt"),
                 ("one pass", exchange.main, "one/N1-seed0.pt"),
+                ("larger --size", exchange.main, "t/N2-seed0.pt"),
+                ("no exchange before the last", exchange.main, "--draw early.json"),
                 ("name at least one", exchange.main, ""),
                 ("holds no numbers", exchange.main, "--draw w.json"),
                 ("no checkpoint of trees", reach.main, "a/N2-seed0.pt"),

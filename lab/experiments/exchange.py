@@ -101,11 +101,15 @@ def measure_hops(model, task, path):
     return runs
 
 
-def measure_trees(model, task):
+def measure_trees(model, task, path):
     """Runs of trees: in three orders of the edges, a pass or two after the exchange."""
+    deepest = task.nodes // 3 - 1
+    if deepest < DEEP:
+        raise sleep.BadInput(f"{path}: its trees are at most {deepest} edges deep, and {DEEP} are asked "
+                             "for here: train one with a larger --size.")
     runs = []
     for test, (n_trees, order) in reach.TESTS.items():
-        if n_trees != 3 or task.nodes % n_trees:
+        if n_trees != 3:
             continue
         tokens, targets, depths, _ = reach.draw_texts(task, n_trees, order)
         n = task.nodes
@@ -149,11 +153,11 @@ def measure_all(paths):
         if model.cfg.L != 2 * task.nodes:                      # words, or padding
             raise sleep.BadInput(f"{path}: its window holds more than edges; take a model of a "
                                  "cpu preset.")
-        of_model = measure_trees(model, task) if task.name == "trees" else measure_hops(model, task, path)
         if runs and (task.name == "trees") != (runs[0]["task"] == "trees"):
             raise sleep.BadInput(f"{path} is of {task.name}, the model before it of {runs[0]['task']}: "
                                  "measure them apart.")
-        runs += of_model
+        measure = measure_trees if task.name == "trees" else measure_hops
+        runs += measure(model, task, path)
     return runs
 
 
@@ -194,11 +198,16 @@ def draw(runs, path):
             panels[f"{run['test']}:\nmachine", column] = run["machine"]
     rows = list(dict.fromkeys(row for row, _ in panels))
     columns = list(dict.fromkeys(column for _, column in panels))
+    if not panels:
+        raise sleep.BadInput("there is no exchange before the last pass (on trees: two passes before the "
+                             "end) among these numbers: measure them again.")
     fig, axes = figure(len(rows), len(columns), (2.6 * len(columns) + 0.6, 2.4 * len(rows) + 0.6))
     for x, column in enumerate(columns):
         of_column = [panels[row, column] for row in rows if (row, column) in panels]
         seen = [pair for shares in of_column for pair, share in shares.items() if share >= WRITTEN]
         most = max([3, *(edges for pair in seen for edges in edges_of(pair))])
+        if runs[0]["task"] != "trees":
+            most = max(3, int(column.split()[0]))              # all hops that are asked for
         for y, row in enumerate(rows):
             ax = axes[y, x]
             if (row, column) in panels:
